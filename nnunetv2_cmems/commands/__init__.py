@@ -1,0 +1,1 @@
+"""The console command ``nnUNetv2_cmems``: one module for each subcommand."""

@@ -1,0 +1,391 @@
+"""Every hyper-parameter of the method, typed and checked, with where it comes from.
+
+The paper's exact hyper-parameters are not available to us. Unless a comment names another source,
+a default is ours: chosen by measuring (``docs/results.md``) or, where we have not measured, by
+taking nnU-Net's value or the common one of the semi-supervised literature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union
+
+from nnunetv2_cmems.errors import CMEMSError
+
+CONFIG_VARIABLE = "nnUNet_cmems_config"
+"""Environment variable that names a JSON file with overrides."""
+
+CONFIG_FILE = "cmems.json"
+"""Name of the override file in the data set's preprocessed folder."""
+
+
+def _between(low: float, high: float, default: Any) -> Any:
+    """A dataclass field whose number (or every number of its tuple) lies in [low, high]."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+@dataclass(frozen=True)
+class ExemplarSpec:
+    """One annotated slice, named as the user sees it.
+
+    Attributes:
+        case: the case identifier, as in nnU-Net's file names without ``_0000`` and file ending.
+        slice: zero-based index of the slice in the RAW image along ``axis``.
+        axis: the raw image's voxel axis that the slice is an index of: ``"x"``, ``"y"`` or ``"z"``
+            (``"z"`` is the last axis of a NIfTI file). ``None``: the axis along which nnU-Net's 2D
+            configuration cuts its slices.
+    """
+
+    case: str
+    slice: int = _between(0, 10**9, 0)
+    axis: Literal["x", "y", "z"] | None = None
+
+
+@dataclass(frozen=True)
+class TermConfig:
+    """One term of the loss.
+
+    Attributes:
+        enabled: off switch. A disabled term is not computed at all.
+        weight: final weight of the term.
+        start: fraction of the training before which the weight is 0.
+        rampup: fraction of the training, after ``start``, over which the weight grows linearly.
+    """
+
+    enabled: bool = True
+    weight: float = _between(0.0, 1000.0, 1.0)
+    start: float = _between(0.0, 1.0, 0.0)
+    rampup: float = _between(0.0, 1.0, 0.0)
+
+    def weight_at(self, progress: float) -> float:
+        """Weight at ``progress`` in [0, 1], the fraction of the training that is done."""
+        if not self.enabled or progress < self.start:
+            return 0.0
+        if self.rampup == 0.0:
+            return self.weight
+        return self.weight * min(1.0, (progress - self.start) / self.rampup)
+
+
+@dataclass(frozen=True)
+class SpatialConfig:
+    """Random spatial deformation, drawn once per image.
+
+    Attributes:
+        probability: probability that an image is deformed at all.
+        rotation: largest rotation in degrees, either way.
+        scale: smallest and largest zoom factor of the content.
+        shift: largest shift, as a fraction of the patch's side.
+        elastic: largest displacement of the elastic field, as a fraction of the patch's side.
+        elastic_nodes: control points of the elastic field along each side.
+        mirror: whether the image may be flipped along each axis. Off by default: most anatomy has
+            a left and a right, and one exemplar shows it only one way round.
+    """
+
+    probability: float = _between(0.0, 1.0, 1.0)
+    rotation: float = _between(0.0, 180.0, 30.0)
+    scale: tuple[float, float] = _between(0.1, 10.0, (0.7, 1.4))
+    shift: float = _between(0.0, 1.0, 0.1)
+    elastic: float = _between(0.0, 0.5, 0.04)
+    elastic_nodes: int = _between(2, 32, 5)
+    mirror: bool = False
+
+
+@dataclass(frozen=True)
+class IntensityConfig:
+    """Random change of appearance, drawn once per image and channel. Images are z-scored, so 1 is
+    about one standard deviation.
+
+    Attributes:
+        probability: probability of each of the changes below, drawn for each on its own.
+        brightness: largest additive offset.
+        contrast: smallest and largest factor of the deviation from the mean.
+        gamma: smallest and largest exponent of the range-normalised intensities.
+        noise: largest standard deviation of additive Gaussian noise.
+        blur: largest sigma, in voxels, of a Gaussian blur.
+        bias: largest amplitude of a smooth multiplicative bias field.
+        curve: largest strength, in [0, 1], of a random smooth monotone intensity curve.
+        low_resolution: largest factor by which the resolution is lowered and restored.
+    """
+
+    probability: float = _between(0.0, 1.0, 0.5)
+    brightness: float = _between(0.0, 10.0, 0.0)
+    contrast: tuple[float, float] = _between(0.05, 20.0, (1.0, 1.0))
+    gamma: tuple[float, float] = _between(0.05, 20.0, (1.0, 1.0))
+    noise: float = _between(0.0, 10.0, 0.0)
+    blur: float = _between(0.0, 20.0, 0.0)
+    bias: float = _between(0.0, 1.0, 0.0)
+    curve: float = _between(0.0, 1.0, 0.0)
+    low_resolution: float = _between(1.0, 16.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """The operation Ω: cut the organs out, transform them, overlay them on other backgrounds.
+
+    Attributes:
+        joint: transformation of all organs together.
+        separate: further transformation of each organ that touches no other organ.
+        unlabelled_background: probability that the background is an unlabelled image; otherwise it
+            is the exemplar with its organs inpainted.
+        ignore_margin: width, as a fraction of the patch's side, of the band around the pasted
+            organs that is supervised as background on an unlabelled background. Everything beyond
+            it may show an organ that nobody has labelled, and is left out of the loss.
+        blend: sigma, in voxels, of the soft border between organ and background.
+        adapt: strength in [0, 1] of the adaptation of the organs' intensities (mean and standard
+            deviation of their surroundings) to the background.
+    """
+
+    joint: SpatialConfig = SpatialConfig()
+    separate: SpatialConfig = SpatialConfig(rotation=15.0, scale=(0.85, 1.15), shift=0.05, elastic=0.02)
+    unlabelled_background: float = _between(0.0, 1.0, 0.5)
+    ignore_margin: float = _between(0.0, 1.0, 0.05)
+    blend: float = _between(0.0, 10.0, 1.0)
+    adapt: float = _between(0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """Perturbation of a member's own weak-view features (feature granularity).
+
+    Attributes:
+        dropout: probability that a channel is dropped, at every perturbed level. 0.5 at all levels
+            is what UniMatch publishes for its feature stream.
+        levels: how many encoder levels are perturbed, counted from the deepest. 0: all of them.
+    """
+
+    dropout: float = _between(0.0, 0.95, 0.5)
+    levels: int = _between(0, 32, 0)
+
+
+@dataclass(frozen=True)
+class CMEMSConfig:
+    """All hyper-parameters of one training.
+
+    Attributes:
+        exemplar: ``"auto"``, or the annotated slices.
+        allow_missing_classes: go on when the exemplars together lack a class.
+        num_members: number of networks that teach each other. Two is the paper's method; one is
+            its own teacher (as in FixMatch).
+        num_epochs: length of the training in epochs.
+        iterations_per_epoch: optimiser steps an epoch (nnU-Net's 250).
+        val_iterations_per_epoch: batches of the online validation an epoch (nnU-Net's 50).
+        initial_lr: learning rate at the start of nnU-Net's polynomial decay (nnU-Net's 0.01).
+        exemplar_batch: exemplar images a step and member; ``None``: a quarter of the plans' batch
+            size, plus the shares of the streams that are switched off.
+        synthetic_batch: synthetic images a step and member; ``None``: a quarter.
+        unlabelled_batch: unlabelled images a step; each makes a weak and a strong view per member;
+            ``None``: a quarter.
+        supervised: term of the exemplar stream.
+        synthetic: term of the synthetic stream.
+        image: consistency at image granularity.
+        feature: consistency at feature granularity.
+        tau: confidence (softmax) from which a prediction is a pseudo-label.
+        dice_weight: weight of the soft Dice loss beside cross-entropy, in every term.
+        class_weighting: exponent of the inverse class frequency in the cross-entropy's class
+            weights, taken from the exemplars. 0: none; 1: full inverse frequency.
+        exemplar_views: deformation of exemplar images.
+        supervised_intensity: appearance changes of exemplar and synthetic images.
+        weak: appearance of weak views.
+        strong: appearance of strong views, on top of the weak view's crop.
+        cutmix: probability that a strong view gets a rectangle of another image's strong view.
+        unlabelled_views: deformation of the unlabelled crop, shared by all of its views.
+        synthesis: the operation Ω.
+        feature_perturbation: channel dropout of the feature granularity.
+        best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
+            unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.
+        log_hidden_accuracy: log the accuracy of the pseudo-labels where the hidden labels exist.
+        checkpoint_every: epochs between two writings of ``checkpoint_latest.pth`` (nnU-Net's 50).
+        seed: seed of everything that is drawn; ``None``: a fresh one for each training.
+    """
+
+    exemplar: Literal["auto"] | tuple[ExemplarSpec, ...] = "auto"
+    allow_missing_classes: bool = False
+    num_members: int = _between(1, 4, 2)
+    num_epochs: int = _between(1, 10**6, 200)
+    iterations_per_epoch: int = _between(1, 10**6, 250)
+    val_iterations_per_epoch: int = _between(1, 10**6, 50)
+    initial_lr: float = _between(1e-8, 10.0, 1e-2)
+    exemplar_batch: int | None = _between(1, 4096, None)
+    synthetic_batch: int | None = _between(1, 4096, None)
+    unlabelled_batch: int | None = _between(1, 4096, None)
+    supervised: TermConfig = TermConfig()
+    synthetic: TermConfig = TermConfig()
+    image: TermConfig = TermConfig(rampup=0.2)
+    feature: TermConfig = TermConfig(rampup=0.2)
+    tau: float = _between(0.0, 1.0, 0.95)
+    dice_weight: float = _between(0.0, 1000.0, 1.0)
+    class_weighting: float = _between(0.0, 1.0, 0.5)
+    exemplar_views: SpatialConfig = SpatialConfig()
+    supervised_intensity: IntensityConfig = IntensityConfig(
+        brightness=0.3, contrast=(0.65, 1.5), gamma=(0.6, 1.7), noise=0.1, blur=1.0, bias=0.3, curve=0.3, low_resolution=2.0
+    )
+    weak: IntensityConfig = IntensityConfig(brightness=0.1, contrast=(0.9, 1.1), noise=0.02)
+    strong: IntensityConfig = IntensityConfig(
+        probability=0.7, brightness=0.5, contrast=(0.5, 2.0), gamma=(0.5, 2.0), noise=0.2, blur=1.5, bias=0.4, curve=0.5,
+        low_resolution=2.0,
+    )
+    cutmix: float = _between(0.0, 1.0, 0.5)
+    unlabelled_views: SpatialConfig = SpatialConfig(rotation=15.0, scale=(0.85, 1.2), shift=0.05, elastic=0.0)
+    synthesis: SynthesisConfig = SynthesisConfig()
+    feature_perturbation: FeatureConfig = FeatureConfig()
+    best_checkpoint: Literal["agreement", "validation_dice"] = "agreement"
+    log_hidden_accuracy: bool = True
+    checkpoint_every: int = _between(1, 10**6, 50)
+    seed: int | None = _between(0, 2**31 - 1, None)
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        """Whether any consistency term is switched on."""
+        return self.image.enabled or self.feature.enabled
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, from which :func:`with_overrides` makes an equal config."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def with_overrides(base: CMEMSConfig, overrides: dict[str, Any], source: str) -> CMEMSConfig:
+    """``base`` with the entries of a (nested, partial) dict replaced.
+
+    Args:
+        base: the config of the trainer class.
+        overrides: as read from JSON.
+        source: the file or place that the overrides come from, for the error's sentence.
+
+    Raises:
+        CMEMSError: unknown key, wrong type or value out of range; names the source and the key.
+    """
+    config = _merge(base, overrides, source, "")
+    if not (config.supervised.enabled or config.synthetic.enabled):
+        raise CMEMSError(f"{source}: 'supervised' and 'synthetic' are both switched off; switch one of them on, or nothing is learned.")
+    return config
+
+
+def load_config(base: CMEMSConfig, preprocessed_dataset_folder: str | None) -> tuple[CMEMSConfig, str]:
+    """The config of a training: the trainer's own, overridden by the user's JSON file.
+
+    The file is the one that the environment variable ``nnUNet_cmems_config`` names, else
+    ``cmems.json`` in the data set's preprocessed folder, else none.
+
+    Returns:
+        The config and a phrase that says where it comes from.
+
+    Raises:
+        CMEMSError: the file is missing, not JSON, or does not fit (see :func:`with_overrides`).
+    """
+    path = os.environ.get(CONFIG_VARIABLE)
+    if path:
+        if not os.path.isfile(path):
+            raise CMEMSError(f"{CONFIG_VARIABLE} names '{path}', which is not a file; correct the variable or unset it.")
+    elif preprocessed_dataset_folder is not None:
+        path = os.path.join(preprocessed_dataset_folder, CONFIG_FILE)
+    if not path or not os.path.isfile(path):
+        return with_overrides(base, {}, "the trainer's own config"), "the trainer's defaults"
+    try:
+        with open(path, encoding="utf-8") as file:
+            overrides = json.load(file)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CMEMSError(f"{path} cannot be read as JSON ({error}); correct the file.") from error
+    return with_overrides(base, overrides, path), path
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys (dotted) in which two configs, given as plain dicts, differ."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} ({json.dumps(a)} then, {json.dumps(b)} now)")
+    return found
+
+
+def _merge(base: Any, overrides: Any, source: str, prefix: str) -> Any:
+    if not isinstance(overrides, dict):
+        what = f"'{prefix[:-1]}'" if prefix else "the file's content"
+        raise CMEMSError(f"{source}: {what} must be a JSON object ({{...}}), not {json.dumps(overrides)}.")
+    hints = typing.get_type_hints(type(base))
+    fields = {f.name: f for f in dataclasses.fields(base)}
+    changes = {}
+    for key, value in overrides.items():
+        if key not in fields:
+            raise CMEMSError(f"{source}: unknown key '{prefix}{key}'; known keys are {', '.join(sorted(fields))}.")
+        old = getattr(base, key)
+        if dataclasses.is_dataclass(old):
+            changes[key] = _merge(old, value, source, f"{prefix}{key}.")
+        else:
+            changes[key] = _checked(value, hints[key], fields[key].metadata.get("range"), source, prefix + key)
+    return dataclasses.replace(base, **changes)
+
+
+def _checked(value: Any, hint: Any, limits: tuple[float, float] | None, source: str, key: str) -> Any:
+    """``value`` as the type that ``hint`` asks for, or a :class:`CMEMSError`."""
+    for option in _options(hint):
+        fits, converted = _fit(value, option, source, key)
+        if fits:
+            break
+    else:
+        raise CMEMSError(f"{source}: '{key}' must be {_describe(hint)}, not {json.dumps(value)}.")
+    if limits is not None and converted is not None:
+        numbers = converted if isinstance(converted, tuple) else (converted,)
+        if not all(limits[0] <= number <= limits[1] for number in numbers):
+            raise CMEMSError(f"{source}: '{key}' is {json.dumps(value)}, which is not between {limits[0]:g} and {limits[1]:g}.")
+        if len(numbers) == 2 and numbers[0] > numbers[1]:
+            raise CMEMSError(f"{source}: '{key}' is {json.dumps(value)}; the first number must not exceed the second.")
+    return converted
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return tuple(option for part in typing.get_args(hint) for option in _options(part))
+    return (hint,)
+
+
+def _fit(value: Any, option: Any, source: str, key: str) -> tuple[bool, Any]:
+    if option is type(None):
+        return value is None, None
+    if option is bool:
+        return isinstance(value, bool), value
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if option is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        return fits, float(value) if fits else None
+    if option is str:
+        return isinstance(value, str), value
+    if typing.get_origin(option) is Literal:
+        return value in typing.get_args(option), value
+    items = typing.get_args(option)
+    if not isinstance(value, list):
+        return False, None
+    if items[-1] is Ellipsis:  # a list of exemplars
+        return len(value) > 0, tuple(_exemplar(item, source, f"{key}[{i}]") for i, item in enumerate(value))
+    fitted = [_fit(item, kind, source, key) for item, kind in zip(value, items)]
+    return len(value) == len(items) and all(fits for fits, _ in fitted), tuple(item for _, item in fitted)
+
+
+def _exemplar(value: Any, source: str, key: str) -> ExemplarSpec:
+    if not isinstance(value, dict) or not {"case", "slice"} <= set(value):
+        example = '{"case": "patient001", "slice": 4}'
+        raise CMEMSError(f"{source}: '{key}' must name a case and a slice, as {example}, not {json.dumps(value)}.")
+    return _merge(ExemplarSpec(case=""), value, source, f"{key}.")
+
+
+def _describe(hint: Any) -> str:
+    names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+    said = []
+    for option in _options(hint):
+        if option in names:
+            said.append(names[option])
+        elif typing.get_origin(option) is Literal:
+            said.append(" or ".join(json.dumps(choice) for choice in typing.get_args(option)))
+        elif typing.get_args(option)[-1] is Ellipsis:
+            said.append("a list of annotated slices")
+        else:
+            said.append(f"a list of {len(typing.get_args(option))} numbers")
+    return " or ".join(said)

@@ -1,0 +1,134 @@
+"""Unlabelled images: 2D crops out of nnU-Net's preprocessed folder. No label file is opened here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgenerators.dataloading.data_loader import DataLoader
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from threadpoolctl import threadpool_limits
+
+from nnunetv2_cmems.data.exemplar import PreprocessedDataset, read_properties
+from nnunetv2_cmems.errors import CMEMSError
+
+
+def image_path(case: str, dataset: PreprocessedDataset) -> str:
+    """The file that holds a preprocessed image."""
+    stem = os.path.join(dataset.folder, case)
+    if issubclass(dataset.dataset_class, nnUNetDatasetBlosc2):
+        return f"{stem}.b2nd"
+    return f"{stem}.npy" if os.path.isfile(f"{stem}.npy") else f"{stem}.npz"
+
+
+def open_image(case: str, dataset: PreprocessedDataset) -> Any:
+    """A preprocessed image (C, Z, Y, X), read lazily where the format allows it.
+
+    Raises:
+        CMEMSError: the file is missing or unreadable.
+    """
+    path = image_path(case, dataset)
+    try:
+        if path.endswith(".b2nd"):
+            mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
+            return blosc2.open(urlpath=path, mode="r", dparams={"nthreads": 1}, **mmap)
+        return np.load(path, mmap_mode="r") if path.endswith(".npy") else np.load(path)["data"]
+    except Exception as error:  # damaged files raise nearly anything
+        raise CMEMSError(_unreadable(path, error)) from error
+
+
+def check_images(cases: Sequence[str], dataset: PreprocessedDataset, configuration: ConfigurationManager, num_channels: int) -> None:
+    """Refuse images that do not fit the configuration. Reads headers and properties only.
+
+    Args:
+        cases: the exemplars' and the unlabelled cases.
+        dataset: the preprocessed folder.
+        configuration: what is about to be trained.
+        num_channels: input channels of the network.
+
+    Raises:
+        CMEMSError: a file is missing or unreadable, has another number of channels, or was
+            preprocessed for another spacing.
+    """
+    for case in cases:
+        path = image_path(case, dataset)
+        shape = tuple(open_image(case, dataset).shape)
+        if len(shape) != 4 or shape[0] != num_channels:
+            raise CMEMSError(
+                f"{path} has {shape[0]} channels where dataset.json names {num_channels}; correct the data set and run "
+                "nnUNetv2_preprocess again."
+            )
+        properties = read_properties(case, dataset)
+        before = properties["shape_after_cropping_and_before_resampling"]
+        spacing = [properties["spacing"][axis] for axis in dataset.transpose_forward]
+        wanted = [spacing[0], *configuration.spacing] if len(configuration.spacing) == 2 else list(configuration.spacing)
+        expected = tuple(int(n) for n in compute_new_shape(before, spacing, wanted))
+        if shape[1:] != expected:
+            target = " x ".join(f"{side:g}" for side in configuration.spacing)
+            raise CMEMSError(
+                f"{path} has the shape {shape[1:]}, but at the plans' spacing of {target} mm it would be {expected}: it was preprocessed "
+                "for other plans; run nnUNetv2_preprocess again for this configuration."
+            )
+
+
+class UnlabelledLoader(DataLoader):
+    """Random 2D crops of unlabelled images.
+
+    A case is drawn uniformly, then one of its slices, then a place such that the crop's inner part of
+    the final patch size lies within the image (or around its centre where the image is smaller).
+
+    Args:
+        cases: the unlabelled cases.
+        dataset: the preprocessed folder.
+        batch_size: crops a batch.
+        crop: (y, x) size of the crops, larger than ``patch`` to leave room for the deformation.
+        patch: (y, x) final patch size.
+
+    Yields:
+        ``{"data": float32 (U, C, *crop)}``, or ``{"error": sentence}`` where a file cannot be read: a
+        worker process cannot raise in the main one.
+    """
+
+    def __init__(
+        self, cases: Sequence[str], dataset: PreprocessedDataset, batch_size: int, crop: Sequence[int], patch: Sequence[int]
+    ) -> None:
+        super().__init__(list(cases), batch_size, 1, None, True, False, True)
+        self.indices = list(cases)
+        self.dataset = dataset
+        self.crop = tuple(int(n) for n in crop)
+        self.patch = tuple(int(n) for n in patch)
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        with threadpool_limits(limits=1, user_api=None):
+            try:
+                return {"data": torch.from_numpy(np.stack([self._crop(case) for case in self.get_indices()]))}
+            except CMEMSError as error:
+                return {"error": str(error)}
+
+    def _crop(self, case: str) -> np.ndarray:
+        image = open_image(case, self.dataset)
+        z = np.random.randint(image.shape[1])
+        box = [[z, z + 1]]
+        for size, inner, outer in zip(image.shape[2:], self.patch, self.crop):
+            first = np.random.randint(size - inner + 1) if size > inner else (size - inner) // 2
+            first -= (outer - inner) // 2
+            box.append([first, first + outer])
+        try:
+            crop = crop_and_pad_nd(image, box, 0)[:, 0].astype(np.float32)
+        except Exception as error:
+            raise CMEMSError(_unreadable(image_path(case, self.dataset), error)) from error
+        if not np.isfinite(crop).all():
+            path = image_path(case, self.dataset)
+            raise CMEMSError(f"{path} has NaN or infinite values; repair the scan and run nnUNetv2_preprocess again.")
+        return crop
+
+
+def _unreadable(path: str, error: Exception) -> str:
+    return f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); run nnUNetv2_preprocess again."

@@ -1,0 +1,127 @@
+"""The exemplars on the device: crops for the supervised and the synthetic stream."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from nnunetv2_cmems.config import SpatialConfig
+from nnunetv2_cmems.method.perturbations import deform, draw_deformation
+
+UNDEFORMED = SpatialConfig(probability=0.0, elastic=0.0)
+_MOST_GROUPS = 16
+_CENTRES = 4096
+
+
+class ExemplarCrops(NamedTuple):
+    """Crops of the exemplars.
+
+    Attributes:
+        images: (B, C, *patch).
+        labels: (B, *patch) class indices.
+        groups: (B, *patch) numbers of the organ groups, see :func:`organ_groups`.
+        backgrounds: (B, C, *patch) crops of the inpainted exemplars.
+        num_groups: the largest number in ``groups`` over all exemplars.
+    """
+
+    images: Tensor
+    labels: Tensor
+    groups: Tensor
+    backgrounds: Tensor
+    num_groups: int
+
+
+def organ_groups(label: Tensor) -> Tensor:
+    """Number the groups of organs that touch each other: anatomy holds them together.
+
+    Args:
+        label: (*spatial) class indices, on the CPU.
+
+    Returns:
+        (*spatial) int64: 0 for background, 1 to G for the groups, the largest first. At most 16 are
+        told apart; smaller ones share the last number.
+    """
+    foreground = (label > 0).numpy()
+    numbers, count = ndimage.label(ndimage.binary_dilation(foreground))
+    numbers = numbers * foreground
+    sizes = ndimage.sum_labels(foreground, numbers, range(1, count + 1))
+    rank = torch.zeros(count + 1, dtype=torch.int64)
+    for place, number in enumerate(sorted(range(1, count + 1), key=lambda i: -sizes[i - 1])):
+        rank[number] = min(place + 1, _MOST_GROUPS)
+    return rank[torch.from_numpy(numbers).long()]
+
+
+class ExemplarBank:
+    """All exemplars, kept on the device, from which crops of the patch size are drawn.
+
+    Args:
+        images: one (C, *spatial) image per exemplar.
+        labels: one (*spatial) label map of class indices per exemplar.
+        patch: size of the crops in voxels.
+        device: where they are kept and drawn.
+    """
+
+    def __init__(self, images: Sequence[Tensor], labels: Sequence[Tensor], patch: Sequence[int], device: torch.device) -> None:
+        from nnunetv2_cmems.method.synthesis import dilate, inpaint
+
+        self.patch = tuple(patch)
+        self.device = device
+        self.channels = len(images[0])
+        self.labels = [label.long() for label in labels]
+        groups = [organ_groups(label) for label in self.labels]
+        self.num_groups = max(int(group.max()) for group in groups)
+        self._sources = []
+        self._centres = []
+        for image, label, group in zip(images, self.labels, groups):
+            filled = inpaint(image[None].float(), dilate(label[None, None] > 0, 2))[0]
+            self._sources.append(torch.cat([image.float(), filled, label[None].float(), group[None].float()])[None].to(device))
+            self._centres.append(self._foreground_centres(label).to(device))
+
+    def draw(self, batch: int, config: SpatialConfig, foreground: float) -> ExemplarCrops:
+        """Random crops, each of a random exemplar.
+
+        Args:
+            batch: number of crops B.
+            config: their deformation; image, label and background are deformed alike.
+            foreground: probability that a crop is centred on a foreground voxel (classes with equal
+                probability); otherwise its position is uniform.
+        """
+        chosen = sorted(random.randrange(len(self._sources)) for _ in range(batch))
+        parts = [self._crops(i, chosen.count(i), config, foreground) for i in sorted(set(chosen))]
+        smooth, exact = (torch.cat(part) for part in zip(*parts))
+        c = self.channels
+        return ExemplarCrops(smooth[:, :c], exact[:, 0].long(), exact[:, 1].long(), smooth[:, c:], self.num_groups)
+
+    def _crops(self, i: int, batch: int, config: SpatialConfig, foreground: float) -> tuple[Tensor, Tensor]:
+        source = self._sources[i]
+        centres = self._draw_centres(i, batch, foreground)
+        deformation = draw_deformation(batch, self.patch, config, self.device)
+        smooth = deform(source[:, :-2], deformation, centres)
+        return smooth, deform(source[:, -2:], deformation, centres, nearest=True)
+
+    def _draw_centres(self, i: int, batch: int, foreground: float) -> Tensor:
+        size = torch.tensor(self._sources[i].shape[2:], dtype=torch.float32, device=self.device)
+        half = torch.tensor(self.patch, dtype=torch.float32, device=self.device) / 2
+        middle = (size - 1) / 2
+        low, high = torch.minimum(half - 0.5, middle), torch.maximum(size - half - 0.5, middle)
+        anywhere = low + (high - low) * torch.rand(batch, len(self.patch), device=self.device)
+        known = self._centres[i][torch.randint(_CENTRES, (batch,), device=self.device)]
+        wanted = torch.where(torch.rand(batch, 1, device=self.device) < foreground, known, anywhere)
+        return torch.minimum(torch.maximum(wanted, low), high)
+
+    @staticmethod
+    def _foreground_centres(label: Tensor) -> Tensor:
+        """(4096, d) coordinates of foreground voxels, every class equally often."""
+        classes = [k for k in label.unique().tolist() if k > 0]
+        generator = torch.Generator().manual_seed(0)
+        picked = []
+        for n, k in enumerate(classes):
+            places = (label == k).nonzero()
+            count = _CENTRES * (n + 1) // len(classes) - _CENTRES * n // len(classes)
+            picked.append(places[torch.randint(len(places), (count,), generator=generator)])
+        return torch.cat(picked).float()

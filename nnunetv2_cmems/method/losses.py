@@ -1,0 +1,117 @@
+"""The supervised loss and the confidence-masked consistency, one function for both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def class_weights(labels: Sequence[Tensor], num_classes: int, exponent: float) -> Tensor:
+    """Cross-entropy weights, ``frequency ** -exponent``, scaled so that the mean over pixels is 1.
+
+    Args:
+        labels: integer label maps of any shape; negative values do not count.
+        num_classes: K. A class that no label shows gets the weight of the rarest one that is shown.
+        exponent: 0 gives equal weights, 1 the full inverse frequency.
+
+    Returns:
+        (K,) float weights.
+    """
+    counts = torch.stack([torch.stack([(label == k).sum() for label in labels]).sum() for k in range(num_classes)]).double()
+    frequency = counts / counts.sum()
+    frequency = torch.where(counts > 0, frequency, frequency[counts > 0].min())
+    weights = frequency**-exponent
+    return (weights / (weights * frequency).sum()).float()
+
+
+def deep_supervision_weights(num_scales: int) -> list[float]:
+    """nnU-Net's weights of the resolutions: halved from scale to scale, 0 for the coarsest, sum 1."""
+    if num_scales == 1:
+        return [1.0]
+    raw = [0.5**i for i in range(num_scales - 1)] + [0.0]
+    return [weight / sum(raw) for weight in raw]
+
+
+def segmentation_loss(
+    scales: Sequence[Tensor],
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    dice_weight: float = 1.0,
+    over_all_pixels: bool = False,
+) -> Tensor:
+    """Cross-entropy plus soft Dice over the pixels of ``mask``, deeply supervised.
+
+    With the exemplar's labels this is the supervised loss; with the other member's pseudo-labels and
+    its confidence mask it is the consistency term (paper, section 3).
+
+    Args:
+        scales: logits (B, K, *spatial_s), the finest resolution first.
+        target: (B, *spatial) class indices at the finest resolution.
+        mask: (B, *spatial) bool, the pixels that count; None: all.
+        weights: (K,) class weights of the cross-entropy.
+        dice_weight: weight of the Dice loss beside the cross-entropy.
+        over_all_pixels: divide the cross-entropy by all pixels instead of those in ``mask``, so that
+            few confident pixels weigh little (as FixMatch does).
+
+    Returns:
+        A scalar.
+    """
+    total = scales[0].new_zeros((), dtype=torch.float32)
+    for logits, scale_weight in zip(scales, deep_supervision_weights(len(scales))):
+        if scale_weight == 0.0:
+            continue
+        size = logits.shape[2:]
+        scale_target = _nearest(target, size)
+        scale_mask = None if mask is None else _nearest(mask, size)
+        loss = cross_entropy(logits, scale_target, scale_mask, weights=weights, over_all_pixels=over_all_pixels)
+        if dice_weight:
+            loss = loss + dice_weight * dice_loss(logits, scale_target, scale_mask)
+        total = total + scale_weight * loss
+    return total
+
+
+def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None, *, weights: Tensor | None, over_all_pixels: bool) -> Tensor:
+    """Class-weighted cross-entropy, averaged over the masked (or all) pixels by their weights.
+
+    Shape:
+        ``logits`` (B, K, *spatial), ``target`` and ``mask`` (B, *spatial), result a scalar.
+    """
+    pixels = functional.cross_entropy(logits.float(), target, reduction="none")
+    pixel_weights = torch.ones_like(pixels) if weights is None else weights[target]
+    counted = pixel_weights if mask is None else pixel_weights * mask
+    divisor = pixel_weights if over_all_pixels else counted
+    return (pixels * counted).sum() / divisor.sum().clamp_min(1e-6)
+
+
+def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """1 - soft Dice over the batch, mean over the foreground classes that the masked target shows.
+
+    A class without a target pixel is left out: pushing it down is the cross-entropy's task, and a
+    pseudo-label that lacks a class must not be able to erase it. No class shown gives 0.
+
+    Shape:
+        ``logits`` (B, K, *spatial), ``target`` and ``mask`` (B, *spatial), result a scalar.
+    """
+    probabilities = logits.float().softmax(1)[:, 1:]
+    one_hot = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, target[:, None], 1.0)[:, 1:]
+    if mask is not None:
+        probabilities = probabilities * mask[:, None]
+        one_hot = one_hot * mask[:, None]
+    axes = [0, *range(2, logits.ndim)]
+    intersection = (probabilities * one_hot).sum(axes)
+    size = one_hot.sum(axes)
+    dice = 2 * intersection / (probabilities.sum(axes) + size).clamp_min(1e-6)
+    shown = (size > 0).float()
+    return ((1 - dice) * shown).sum() / shown.sum().clamp_min(1.0)
+
+
+def _nearest(values: Tensor, size: Sequence[int]) -> Tensor:
+    if values.shape[1:] == tuple(size):
+        return values
+    resized = functional.interpolate(values[:, None].float(), size=tuple(size), mode="nearest-exact")[:, 0]
+    return resized.to(values.dtype)

@@ -1,0 +1,156 @@
+"""The members that teach each other, behind one module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_cmems.method.feature_perturbation import ChannelDropout
+
+
+class MemberOutput(NamedTuple):
+    """What one member predicts in one training step.
+
+    ``supervised``, ``strong`` and ``perturbed`` are lists of logits (B, K, *spatial), the finest
+    resolution first; one entry where deep supervision is off. ``weak`` is (U, K, *spatial) without
+    gradient. ``None`` marks a stream that was not asked for.
+    """
+
+    supervised: list[Tensor] | None
+    strong: list[Tensor] | None
+    perturbed: list[Tensor] | None
+    weak: Tensor | None
+
+
+def splits(member: nn.Module) -> bool:
+    """Whether a network has an ``encoder`` whose list of features its ``decoder`` takes."""
+    encoder, decoder = getattr(member, "encoder", None), getattr(member, "decoder", None)
+    return isinstance(encoder, nn.Module) and isinstance(decoder, nn.Module) and getattr(encoder, "return_skips", True)
+
+
+class MutualNetworks(nn.Module):
+    """n networks of one architecture, each drawn afresh, in one module.
+
+    All that a training step needs from the networks is computed in one call, so that wrappers such as
+    ``torch.compile`` see a single call. With one tensor it returns the mean of the members' logits,
+    which is how nnU-Net ensembles folds.
+
+    Args:
+        make_member: builds one freshly initialised network.
+        num_members: how many to build.
+
+    Shape:
+        - ``forward(x)``: (B, C, *spatial) to (B, K, *spatial), or to a list of these with deep supervision.
+        - ``forward(supervised, weak, strong)``: see :meth:`forward`.
+    """
+
+    def __init__(self, make_member: Callable[[], nn.Module], num_members: int) -> None:
+        super().__init__()
+        self._make_member = make_member
+        self.members = nn.ModuleList(make_member() for _ in range(num_members))
+
+    @property
+    def deep_supervision(self) -> bool:
+        """Whether the members' decoders return every resolution. Setting it sets all members."""
+        return bool(getattr(self.members[0].decoder, "deep_supervision"))  # noqa: B009
+
+    @deep_supervision.setter
+    def deep_supervision(self, enabled: bool) -> None:
+        for member in self.members:
+            setattr(member.decoder, "deep_supervision", enabled)  # noqa: B010
+
+    def forward(
+        self,
+        supervised: Tensor | Sequence[Tensor | None],
+        weak: Sequence[Tensor] | None = None,
+        strong: Sequence[Tensor] | None = None,
+        dropout: ChannelDropout | None = None,
+    ) -> Any:
+        """Mean logits of one batch, or everything that a training step needs.
+
+        Args:
+            supervised: a tensor (B, C, *spatial): the members' mean logits are returned. Else one
+                batch (or None) per member, and the training outputs are returned.
+            weak: one weak view (U, C, *spatial) per member.
+            strong: one strong view (U, C, *spatial) per member, or None.
+            dropout: the feature perturbation, or None.
+
+        Returns:
+            Mean logits, or one :class:`MemberOutput` per member.
+        """
+        if isinstance(supervised, Tensor):
+            return self._mean(supervised)
+        none = [None] * len(self.members)
+        streams = zip(self.members, supervised, weak or none, strong or none)
+        return [_member_step(member, s, w, v, dropout) for member, s, w, v in streams]
+
+    def _mean(self, x: Tensor) -> Tensor | list[Tensor]:
+        outputs = [member(x) for member in self.members]
+        if isinstance(outputs[0], (list, tuple)):
+            return [_average(scale) for scale in zip(*outputs)]
+        return _average(outputs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch, but the number of members follows the weights.
+
+        nnU-Net builds the network at inference without knowing how many members were trained.
+        """
+        count = count_members(state_dict)
+        if count:
+            while len(self.members) < count:
+                self.members.append(self._make_member())
+            del self.members[count:]
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def count_members(state_dict: Mapping[str, Any]) -> int:
+    """Number of members in the state dict of a :class:`MutualNetworks`; 0 if it is another network's."""
+    return len({key.split(".")[1] for key in state_dict if key.startswith("members.")})
+
+
+def _average(outputs: Sequence[Tensor]) -> Tensor:
+    total = outputs[0]
+    for output in outputs[1:]:
+        total = total + output
+    return total / len(outputs)
+
+
+def _member_step(
+    member: Any, supervised: Tensor | None, weak: Tensor | None, strong: Tensor | None, dropout: ChannelDropout | None
+) -> MemberOutput:
+    """One member's training step; nothing is computed twice.
+
+    All streams go through the encoder as one batch, the weak view only once: its features serve the
+    pseudo-label (decoded without gradient) and, perturbed, the feature granularity. Members without
+    batch statistics (nnU-Net's instance norm) keep the streams independent of each other.
+    """
+    with_gradient = [x for x in (supervised, strong) if x is not None]
+    num_supervised = 0 if supervised is None else len(supervised)
+    num_strong = 0 if strong is None else len(strong)
+    weak_logits = perturbed = None
+    if weak is not None and dropout is not None:
+        features = member.encoder(torch.cat([*with_gradient, weak]))
+        first = num_supervised + num_strong
+        with torch.no_grad():
+            weak_logits = _scales(member.decoder([level[first:].detach() for level in features]))[0]
+        dropped = dropout([level[first:] for level in features])
+        scales = _scales(member.decoder([torch.cat([level[:first], drop]) for level, drop in zip(features, dropped)]))
+        perturbed = [scale[first:] for scale in scales]
+    else:
+        if weak is not None:
+            with torch.no_grad():
+                weak_logits = _scales(member(weak))[0]
+        scales = _scales(member(torch.cat(with_gradient))) if with_gradient else []
+    return MemberOutput(
+        supervised=None if supervised is None else [scale[:num_supervised] for scale in scales],
+        strong=None if strong is None else [scale[num_supervised : num_supervised + num_strong] for scale in scales],
+        perturbed=perturbed,
+        weak=weak_logits,
+    )
+
+
+def _scales(output: Tensor | list[Tensor]) -> list[Tensor]:
+    return list(output) if isinstance(output, (list, tuple)) else [output]

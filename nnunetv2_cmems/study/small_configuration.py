@@ -1,0 +1,103 @@
+"""Add a configuration that a CPU can train to existing nnU-Net plans.
+
+The new configuration inherits from a 2D one and replaces spacing, patch size, batch size and network
+size. Run nnU-Net's own ``nnUNetv2_preprocess`` for it afterwards::
+
+    python -m nnunetv2_cmems.study.small_configuration -d 27
+    nnUNetv2_preprocess -d 27 -c 2d_small
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from nnunetv2_cmems.errors import CMEMSError, show_errors_as_sentences
+
+
+def small_configuration(
+    plans: dict[str, Any],
+    base: str,
+    name: str,
+    *,
+    patch_size: Sequence[int],
+    spacing: Sequence[float],
+    features: Sequence[int],
+    batch_size: int,
+) -> dict[str, Any]:
+    """The configuration's entry for ``plans["configurations"]``.
+
+    Args:
+        plans: nnU-Net's plans.
+        base: the 2D configuration to inherit from.
+        name: the new configuration's name, part of its preprocessed folder's name.
+        patch_size: voxels (y, x); each side must be divisible by ``2 ** (len(features) - 1)``.
+        spacing: millimetres (y, x).
+        features: channels of each encoder stage.
+        batch_size: images a batch.
+
+    Raises:
+        CMEMSError: ``base`` is not in the plans, or the patch does not fit the number of stages.
+    """
+    if base not in plans["configurations"]:
+        raise CMEMSError(f"the plans have no configuration '{base}'; they have {', '.join(plans['configurations'])}.")
+    factor = 2 ** (len(features) - 1)
+    if any(side % factor for side in patch_size):
+        raise CMEMSError(f"each side of the patch {list(patch_size)} must be divisible by {factor} for {len(features)} stages.")
+    architecture = json.loads(json.dumps(plans["configurations"][base]["architecture"]))
+    stages = len(features)
+    architecture["arch_kwargs"].update(
+        n_stages=stages,
+        features_per_stage=list(features),
+        kernel_sizes=[[3, 3]] * stages,
+        strides=[[1, 1]] + [[2, 2]] * (stages - 1),
+        n_conv_per_stage=[2] * stages,
+        n_conv_per_stage_decoder=[2] * (stages - 1),
+    )
+    return {
+        "inherits_from": base,
+        "data_identifier": f"{plans['plans_name']}_{name}",
+        "patch_size": list(patch_size),
+        "spacing": list(spacing),
+        "batch_size": batch_size,
+        "architecture": architecture,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry, see the module's docstring."""
+    show_errors_as_sentences()
+    from nnunetv2.paths import nnUNet_preprocessed
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    parser = argparse.ArgumentParser(prog="python -m nnunetv2_cmems.study.small_configuration", description=__doc__)
+    parser.add_argument("-d", required=True, help="data set, name or id")
+    parser.add_argument("-c", default="2d", help="2D configuration to inherit from")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans identifier")
+    parser.add_argument("--name", default="2d_small", help="name of the new configuration")
+    parser.add_argument("--patch", type=int, nargs=2, default=[96, 96], help="voxels")
+    parser.add_argument("--spacing", type=float, nargs=2, default=[2.25, 2.25], help="mm")
+    parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32, 64, 96], help="channels of each stage")
+    parser.add_argument("--batch", type=int, default=16, help="images a batch")
+    args = parser.parse_args(arguments)
+
+    dataset = maybe_convert_to_dataset_name(int(args.d) if args.d.isdigit() else args.d)
+    path = os.path.join(nnUNet_preprocessed.get(), dataset, f"{args.p}.json")
+    if not os.path.isfile(path):
+        raise CMEMSError(f"{path} does not exist; run nnUNetv2_plan_and_preprocess -d {args.d} first.")
+    with open(path, encoding="utf-8") as file:
+        plans = json.load(file)
+    plans["configurations"][args.name] = small_configuration(
+        plans, args.c, args.name, patch_size=args.patch, spacing=args.spacing, features=args.features, batch_size=args.batch
+    )
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(plans, file, indent=4)
+    os.replace(f"{path}.tmp", path)
+    print(f"added configuration {args.name} to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What is logged per epoch beside nnU-Net's own values: one number per key and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from nnunetv2.training.logging.nnunet_logger import LocalLogger, MetaLogger
+
+from nnunetv2_cmems.study.pictures import plot_curves
+
+_NNUNETS_KEYS = frozenset(LocalLogger().my_fantastic_logging)
+_SMOOTHING = 0.9  # as nnU-Net smoothes its pseudo Dice
+
+
+class History:
+    """Our curves, kept in nnU-Net's logger, so that checkpoints and Weights & Biases get them too.
+
+    Keys: ``loss/<term>``, ``coverage/member_<i>`` (share of unlabelled pixels at or above tau),
+    ``coverage_foreground/member_<i>`` (the same among pixels predicted as foreground),
+    ``agreement/<class>`` and ``agreement/mean`` (Dice between the members on unlabelled images),
+    ``pseudo_label_*`` (against hidden labels; logged only). What an epoch lacks is NaN.
+    """
+
+    def __init__(self, logger: MetaLogger) -> None:
+        self.logger = logger
+
+    @property
+    def curves(self) -> dict[str, list[float]]:
+        """Our keys with one value per epoch."""
+        return {key: values for key, values in self._all.items() if key not in _NNUNETS_KEYS}
+
+    @property
+    def _all(self) -> dict[str, list[Any]]:
+        return self.logger.local_logger.my_fantastic_logging
+
+    def add(self, values: Mapping[str, float], epoch: int) -> None:
+        """Log values of an epoch; a key that is new gets NaN for the epochs before."""
+        for key, value in values.items():
+            self._all.setdefault(key, []).extend([float("nan")] * (epoch - len(self._all[key])))
+            self.logger.log(key, float(value), epoch)
+
+    def complete(self, epoch: int) -> None:
+        """Give every key that the epoch lacks a NaN, as nnU-Net's logger counts entries."""
+        self.add({key: float("nan") for key, values in self.curves.items() if len(values) <= epoch}, epoch)
+
+    def add_epoch(self, outputs: Sequence[Mapping[str, Any]], epoch: int, class_names: Mapping[int, str]) -> None:
+        """Log what the steps of an epoch returned."""
+        values = {}
+        for key in sorted({key for output in outputs for key in output if key.startswith("loss/")}):
+            values[key] = float(np.mean([output[key] for output in outputs if key in output]))
+        coverage = sum(output["coverage"] for output in outputs if "coverage" in output)
+        for member, row in enumerate(coverage if isinstance(coverage, np.ndarray) else ()):
+            values[f"coverage/member_{member}"] = _ratio(row[0], row[1])
+            values[f"coverage_foreground/member_{member}"] = _ratio(row[2], row[3])
+        agreement = sum(output["agreement"] for output in outputs if "agreement" in output)
+        if isinstance(agreement, np.ndarray):
+            values.update(dice_values("agreement", agreement, class_names))
+        self.add(values, epoch)
+
+    def last_is_best(self) -> bool:
+        """Whether the smoothed agreement is higher than ever. Without agreement the last epoch is the best."""
+        agreement = [value for value in self._all.get("agreement/mean", ()) if not np.isnan(value)]
+        smooth: list[float] = []
+        for value in agreement:
+            smooth.append(_SMOOTHING * smooth[-1] + (1 - _SMOOTHING) * value if smooth else value)
+        return not smooth or smooth[-1] >= max(smooth)
+
+    def print_epoch(self, log: Callable[[str], None]) -> None:
+        """One line per group of keys, for nnU-Net's log file."""
+        groups: dict[str, list[str]] = {}
+        for key, values in self.curves.items():
+            group, _, name = key.partition("/")
+            if not np.isnan(values[-1]):
+                groups.setdefault(group, []).append(f"{name or group} {values[-1]:.4f}")
+        for group, texts in groups.items():
+            log(f"{group}: {', '.join(texts)}")
+
+    def plot(self, path: str) -> None:
+        """Draw all curves."""
+        plot_curves(self.curves, path)
+
+
+def dice_values(prefix: str, overlap: np.ndarray, class_names: Mapping[int, str]) -> dict[str, float]:
+    """Dice per class and their mean, from (2, K - 1) intersections and mean sizes.
+
+    A class that neither shows is NaN; when none shows any, the mean is 0: two members that see
+    nothing agree on nothing.
+    """
+    names = [name for value, name in sorted(class_names.items()) if value > 0]
+    dice = [_ratio(shared, size) for shared, size in overlap.T]
+    known = [value for value in dice if not np.isnan(value)]
+    return {**{f"{prefix}/{name}": value for name, value in zip(names, dice)}, f"{prefix}/mean": float(np.mean(known)) if known else 0.0}
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole > 0 else float("nan")
