@@ -28,7 +28,8 @@ TRAINERS = {"CMEMS": ("nnUNetTrainerCMEMS", 1), "exemplar only": ("nnUNetTrainer
 
 Both learn from the same slice with networks of the same size and the same augmentation. A step of CMEMS costs about 100 passes
 of an image through a network (two networks; 4 exemplar, 4 synthetic and 4 unlabelled images in two views and a perturbed one
-each), a step of the other 48 (one network, 16 exemplar images): twice the steps are about the same computation.
+each), a step of the other 48 (one network, 16 exemplar images): twice the steps are about the same computation. CMEMS predicts with
+the mean of its two networks.
 """
 
 DATASET_ID = 901
@@ -55,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", metavar="FOLDER", default="nnunetv2_cmems_demo", help="folder to make and work in (default: %(default)s)")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to train (default: %(default)s)")
     parser.add_argument(
-        "--scans", type=int, default=24, help="training scans, at least 5; one slice of one of them is annotated (default: %(default)s)"
+        "--scans",
+        type=int,
+        default=24,
+        help="scans to train with, at least 5; a fifth is nnU-Net's validation, and of the others one slice is annotated (default: %(default)s)",
     )
     parser.add_argument("--test_scans", type=int, default=6, help="test scans, never seen in training (default: %(default)s)")
     parser.add_argument(
@@ -88,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     scores = run_pipeline(
         folder, device=args.device, num_training=args.scans, num_test=args.test_scans, epochs=args.epochs, seed=args.seed
     )
-    print(f"\nDice on {args.test_scans} unseen scans, trained from ONE annotated slice and {args.scans} made-up scans:\n")
+    print(f"\nDice on {args.test_scans} unseen scans, learnt from ONE annotated slice; every other label was hidden:\n")
     print(table(scores))
     print(f"\npicture:         {folder / 'demo.png'}")
     for path in sorted(folder.glob(f"nnUNet_results/*/{TRAINERS['CMEMS'][0]}__*/fold_0/exemplar.png")):

@@ -1,9 +1,9 @@
 """``nnUNetv2_cmems export``: a model folder that a stock nnU-Net, without this package, predicts with.
 
-The members become folds of a plain ``nnUNetTrainer``. nnU-Net averages the logits of folds, and our own
-prediction is the average of the members' logits: the same number but for its rounding. nnU-Net keeps the
-logits of each fold in half precision, so a voxel whose two best classes tie to within about 1/1000 of a
-logit can come out either way: about 2 in 100,000 voxels of two small networks trained on noisy discs.
+The members become folds of a plain ``nnUNetTrainer``. Our own prediction takes the mean of the members as
+nnU-Net takes the mean of folds, rounding included, so one trained fold and its export predict the same
+masks to the last voxel. Several trained folds that are exported together are averaged in another order,
+in nnU-Net's half precision: voxels whose two best classes tie can then come out either way.
 """
 
 from __future__ import annotations

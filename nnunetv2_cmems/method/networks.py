@@ -51,6 +51,8 @@ class MutualNetworks(nn.Module):
         super().__init__()
         self._make_member = make_member
         self.members = nn.ModuleList(make_member() for _ in range(num_members))
+        self.only: int | None = None
+        """Index of the one member that :meth:`forward` of a single tensor asks; None: the mean of all."""
 
     @property
     def deep_supervision(self) -> bool:
@@ -88,7 +90,7 @@ class MutualNetworks(nn.Module):
         return [_member_step(member, s, w, v, dropout) for member, s, w, v in streams]
 
     def _mean(self, x: Tensor) -> Tensor | list[Tensor]:
-        outputs = [member(x) for member in self.members]
+        outputs = [member(x) for member in (self.members if self.only is None else [self.members[self.only]])]
         if isinstance(outputs[0], (list, tuple)):
             return [_average(scale) for scale in zip(*outputs)]
         return _average(outputs)
@@ -112,7 +114,9 @@ def count_members(state_dict: Mapping[str, Any]) -> int:
 
 
 def _average(outputs: Sequence[Tensor]) -> Tensor:
-    total = outputs[0]
+    if len(outputs) == 1:
+        return outputs[0]
+    total = outputs[0].float()  # half precision would lose what the members differ in
     for output in outputs[1:]:
         total = total + output
     return total / len(outputs)

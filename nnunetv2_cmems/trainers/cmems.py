@@ -15,6 +15,7 @@ import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.run import run_training
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
@@ -40,6 +41,8 @@ from nnunetv2_cmems.method.objective import Objective, batch_sizes
 from nnunetv2_cmems.trainers.hidden_labels import HiddenLabels
 from nnunetv2_cmems.trainers.history import History
 from nnunetv2_cmems.trainers.snapshot import draw_snapshot
+
+_predict_with_one_network = nnUNetPredictor.predict_sliding_window_return_logits
 
 RECORD = "cmems"
 """Key of a checkpoint's ``init_args`` that holds config and exemplars, as plain types."""
@@ -389,6 +392,35 @@ def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> 
         raise CMEMSError(f"configuration '{configuration}' is a cascade's second stage, which nnUNetTrainerCMEMS cannot train; use 2d.")
     if dist.is_available() and dist.is_initialized():
         raise CMEMSError("nnUNetTrainerCMEMS cannot train on several GPUs yet; leave out -num_gpus.")
+
+
+@torch.inference_mode()
+def _predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
+    """Sliding-window logits, the members' mean taken as nnU-Net takes the mean of folds.
+
+    nnU-Net sums the tiles in half precision. The mean of the members must be taken after that, as it is
+    for folds, so that an export with the members as folds predicts the same masks to the last voxel.
+
+    Shape:
+        (C, *spatial) to (K, *spatial), half precision.
+    """
+    network = predictor.network._orig_mod if isinstance(predictor.network, OptimizedModule) else predictor.network
+    if not isinstance(network, MutualNetworks) or len(network.members) == 1:
+        return _predict_with_one_network(predictor, input_image)
+    predictions = []
+    try:
+        for member in range(len(network.members)):
+            network.only = member
+            predictions.append(_predict_with_one_network(predictor, input_image).to("cpu"))
+    finally:
+        network.only = None
+    total = predictions[0]
+    for prediction in predictions[1:]:
+        total = total + prediction
+    return total / len(predictions)
+
+
+nnUNetPredictor.predict_sliding_window_return_logits = _predict_like_folds
 
 
 def _seed_everything(seed: int) -> None:
