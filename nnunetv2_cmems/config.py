@@ -76,11 +76,11 @@ class SpatialConfig:
     """Random spatial deformation, drawn once per image.
 
     Attributes:
-        probability: probability that an image is deformed at all.
+        probability: probability that an image is deformed at all (mirroring has its own odds of 1/2).
         rotation: largest rotation in degrees, either way.
         scale: smallest and largest zoom factor of the content.
         shift: largest shift, as a fraction of the patch's side.
-        elastic: largest displacement of the elastic field, as a fraction of the patch's side.
+        elastic: largest displacement of the elastic field's control points, as a fraction of the patch's side.
         elastic_nodes: control points of the elastic field along each side.
         mirror: whether the image may be flipped along each axis. Off by default: most anatomy has
             a left and a right, and one exemplar shows it only one way round.
@@ -97,8 +97,8 @@ class SpatialConfig:
 
 @dataclass(frozen=True)
 class IntensityConfig:
-    """Random change of appearance, drawn once per image and channel. Images are z-scored, so 1 is
-    about one standard deviation.
+    """Random change of appearance, drawn once per image and channel (the factor of ``low_resolution``
+    once per batch). Images are z-scored, so 1 is about one standard deviation.
 
     Attributes:
         probability: probability of each of the changes below, drawn for each on its own.
@@ -129,12 +129,18 @@ class SynthesisConfig:
 
     Attributes:
         joint: transformation of all organs together.
-        separate: further transformation of each organ that touches no other organ.
+        separate: further transformation of each group of organs that touches no other group; not used
+            where there is one group only.
         unlabelled_background: probability that the background is an unlabelled image; otherwise it
-            is the exemplar with its organs inpainted.
-        ignore_margin: width, as a fraction of the patch's side, of the band around the pasted
-            organs that is supervised as background on an unlabelled background. Everything beyond
-            it may show an organ that nobody has labelled, and is left out of the loss.
+            is the exemplar with its organs inpainted. On an unlabelled image the organs are pasted
+            about where the exemplar has them, seen from the middle of the image.
+        ignore_margin: width, as a fraction of the patch's shorter side, of the band around the
+            pasted organs that counts as background on an unlabelled background. What lies beyond
+            it may show the organ that the image itself has, and is left out of the loss.
+        known_beyond: distance from the pasted organs, as a fraction of the patch's shorter side,
+            beyond which an unlabelled background counts as background again: scans of one data set
+            show an organ at about the same place, so the image's own lies under or near the pasted
+            one. 1 switches this off, for data without such an order.
         blend: sigma, in voxels, of the soft border between organ and background.
         adapt: strength in [0, 1] of the adaptation of the organs' intensities (mean and standard
             deviation of their surroundings) to the background.
@@ -142,8 +148,9 @@ class SynthesisConfig:
 
     joint: SpatialConfig = SpatialConfig()
     separate: SpatialConfig = SpatialConfig(rotation=15.0, scale=(0.85, 1.15), shift=0.05, elastic=0.02)
-    unlabelled_background: float = _between(0.0, 1.0, 0.5)
+    unlabelled_background: float = _between(0.0, 1.0, 0.7)
     ignore_margin: float = _between(0.0, 1.0, 0.05)
+    known_beyond: float = _between(0.0, 1.0, 0.2)
     blend: float = _between(0.0, 10.0, 1.0)
     adapt: float = _between(0.0, 1.0, 1.0)
 
@@ -176,8 +183,8 @@ class CMEMSConfig:
         val_iterations_per_epoch: batches of the online validation an epoch (nnU-Net's 50).
         initial_lr: learning rate at the start of nnU-Net's polynomial decay (nnU-Net's 0.01).
         exemplar_batch: exemplar images a step and member; ``None``: a quarter of the plans' batch
-            size, plus the shares of the streams that are switched off.
-        synthetic_batch: synthetic images a step and member; ``None``: a quarter.
+            size. The shares of streams that are switched off go to the supervised streams.
+        synthetic_batch: synthetic images a step and member; ``None``: a quarter, likewise.
         unlabelled_batch: unlabelled images a step; each makes a weak and a strong view per member;
             ``None``: a quarter.
         supervised: term of the exemplar stream.
@@ -185,9 +192,11 @@ class CMEMSConfig:
         image: consistency at image granularity.
         feature: consistency at feature granularity.
         tau: confidence (softmax) from which a prediction is a pseudo-label.
-        dice_weight: weight of the soft Dice loss beside cross-entropy, in every term.
-        class_weighting: exponent of the inverse class frequency in the cross-entropy's class
-            weights, taken from the exemplars. 0: none; 1: full inverse frequency.
+        dice_weight: weight of the soft Dice loss beside cross-entropy, in the supervised terms.
+        class_weighting: exponent of the inverse class frequency in the supervised cross-entropy's
+            class weights, taken from the exemplars. 0: none; 1: full inverse frequency.
+        pseudo_dice_weight: ``dice_weight`` of the two consistency terms.
+        pseudo_class_weighting: ``class_weighting`` of the two consistency terms.
         exemplar_views: deformation of exemplar images.
         supervised_intensity: appearance changes of exemplar and synthetic images.
         weak: appearance of weak views.
@@ -200,7 +209,9 @@ class CMEMSConfig:
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.
         log_hidden_accuracy: log the accuracy of the pseudo-labels where the hidden labels exist.
         checkpoint_every: epochs between two writings of ``checkpoint_latest.pth`` (nnU-Net's 50).
-        seed: seed of everything that is drawn; ``None``: a fresh one for each training.
+        seed: seed of everything that is drawn; ``None``: a fresh one for each training. Two runs with
+            one seed are equal only without worker processes (``nnUNet_n_proc_DA=0``), whose batches
+            arrive in any order.
     """
 
     exemplar: Literal["auto"] | tuple[ExemplarSpec, ...] = "auto"
@@ -215,12 +226,14 @@ class CMEMSConfig:
     unlabelled_batch: int | None = _between(1, 4096, None)
     supervised: TermConfig = TermConfig()
     synthetic: TermConfig = TermConfig()
-    image: TermConfig = TermConfig(rampup=0.2)
-    feature: TermConfig = TermConfig(rampup=0.2)
+    image: TermConfig = TermConfig(start=0.2, rampup=0.3)
+    feature: TermConfig = TermConfig(start=0.2, rampup=0.3)
     tau: float = _between(0.0, 1.0, 0.95)
     dice_weight: float = _between(0.0, 1000.0, 1.0)
-    class_weighting: float = _between(0.0, 1.0, 0.5)
-    exemplar_views: SpatialConfig = SpatialConfig()
+    class_weighting: float = _between(0.0, 1.0, 1.0)
+    pseudo_dice_weight: float = _between(0.0, 1000.0, 1.0)
+    pseudo_class_weighting: float = _between(0.0, 1.0, 0.0)
+    exemplar_views: SpatialConfig = SpatialConfig(rotation=45.0, scale=(0.6, 1.5), elastic=0.08)
     supervised_intensity: IntensityConfig = IntensityConfig(
         brightness=0.3, contrast=(0.65, 1.5), gamma=(0.6, 1.7), noise=0.1, blur=1.0, bias=0.3, curve=0.3, low_resolution=2.0
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
-from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.run import run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cmems.data.phantom import write_dataset
@@ -32,8 +32,23 @@ TRAINING, VALIDATION = CASES[:4], CASES[4:]
 """Fold 0."""
 
 EXEMPLAR = {"case": CASES[1], "slice": 1}
-QUICK: dict[str, Any] = {"num_epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1, "seed": 1, "checkpoint_every": 1}
-"""The config of a training that takes about a second."""
+QUICK: dict[str, Any] = {
+    "num_epochs": 1,
+    "iterations_per_epoch": 2,
+    "val_iterations_per_epoch": 1,
+    "seed": 1,
+    "checkpoint_every": 1,
+    "image": {"start": 0.0, "rampup": 0.2},
+    "feature": {"start": 0.0, "rampup": 0.2},
+}
+"""The config of a training that takes about a second; every term takes part from its second step on."""
+
+PICTURES = (
+    "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png",
+    "nnunetv2_cmems.trainers.history.plot_curves",
+    "nnunetv2_cmems.trainers.snapshot.plot_exemplar",
+)
+"""What draws the pictures of a training, which takes longer than these trainings themselves."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -115,9 +130,9 @@ class Workspace:
         made.run_training()
         return made
 
-    def interrupted(self, epochs: int) -> Any:
-        """A trainer that was stopped after so many epochs, like a process that is killed."""
-        made = self.make()
+    def interrupted(self, epochs: int, trainer: Any = None) -> Any:
+        """A trainer (a new one, if none is given) that was stopped after so many epochs, like a process that is killed."""
+        made = self.make() if trainer is None else trainer
         start = made.on_epoch_start
 
         def stop() -> None:
@@ -133,7 +148,7 @@ class Workspace:
     def resume(self, trainer: type[nnUNetTrainer] = nnUNetTrainerCMEMS, fold: int | str = 0) -> Any:
         """A trainer that has loaded what ``--c`` loads."""
         made = self.make(trainer, fold=fold, continues=True)
-        maybe_load_checkpoint(made, True, False)
+        run_training.maybe_load_checkpoint(made, True, False)
         return made
 
     def fold(self, trainer: str = "nnUNetTrainerCMEMS", fold: int | str = 0) -> Path:
@@ -167,7 +182,7 @@ class Workspace:
 
 @pytest.fixture
 def workspace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """A data set of one's own, a very short training's config, no worker processes, and none of nnU-Net's large plots."""
+    """A data set of one's own, a very short training's config, no worker processes, no pictures."""
     made = Workspace(tmp_path, prepared)
     made.configure()
     _set_paths(monkeypatch, tmp_path)
@@ -176,8 +191,9 @@ def workspace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
     monkeypatch.delenv("nnUNet_cmems_config", raising=False)
     monkeypatch.delenv("nnUNet_compile", raising=False)
-    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png", lambda *_: None)
-    monkeypatch.setattr("nnunetv2.run.run_training.load_pretrained_weights", _nnunets_load)  # the trainer replaces it
+    for picture in PICTURES:
+        monkeypatch.setattr(picture, lambda *_: None)
+    monkeypatch.setattr(run_training, "load_pretrained_weights", run_training.load_pretrained_weights)  # the trainer replaces it
     return made
 
 
@@ -209,9 +225,3 @@ def _set_paths(patch: pytest.MonkeyPatch, root: Path) -> None:
 
 def _pools_are_threads(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(multiprocessing, "get_context", lambda method=None: multiprocessing.dummy)
-
-
-def _nnunets_load(network: torch.nn.Module, fname: str, verbose: bool = False) -> None:
-    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-
-    load_pretrained_weights(network, fname, verbose)

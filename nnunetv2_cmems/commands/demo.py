@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scans",
         type=int,
         default=24,
-        help="scans to train with, at least 5; a fifth is nnU-Net's validation, and of the others one slice is annotated (default: %(default)s)",
+        help="scans to train with, at least 5; a fifth is for validation, and of the others one slice is annotated (default: %(default)s)",
     )
     parser.add_argument("--test_scans", type=int, default=6, help="test scans, never seen in training (default: %(default)s)")
     parser.add_argument(
@@ -187,7 +187,7 @@ def run_pipeline(
         path = folder / "configs" / f"{trainer}.json"
         path.write_text(json.dumps(config, indent=4), encoding="utf-8")
         to_train = (number, CONFIGURATION, "0", "-tr", trainer, "-device", device)
-        trainings.append(_Command("nnUNetv2_train", to_train, {CONFIG_VARIABLE: str(path)}, epochs, f"_{trainer}"))
+        trainings.append(_Command("nnUNetv2_train", to_train, {CONFIG_VARIABLE: str(path), "nnUNet_n_proc_DA": "0"}, epochs, f"_{trainer}"))
         outputs[name] = folder / "predictions" / trainer
         to_predict = (
             "-i", str(dataset / "imagesTs"), "-o", str(outputs[name]), "-d", number, "-c", CONFIGURATION, "-f", "0", "-tr", trainer,
@@ -408,7 +408,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "nnUNet_extTrainer": os.pathsep.join([ours, *given]),
         "OMP_WAIT_POLICY": "PASSIVE",  # on a busy computer, waiting threads would take the time of working ones
         "nnUNet_compile": "f",  # compiling takes longer than it saves here
-        "nnUNet_n_proc_DA": "1",
+        "nnUNet_n_proc_DA": "1",  # 0, the least, is refused by nnU-Net's planner; the trainings take 0
         "nnUNet_def_n_proc": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",

@@ -92,7 +92,8 @@ class UnlabelledLoader(DataLoader):
         patch: (y, x) final patch size.
 
     Yields:
-        ``{"data": float32 (U, C, *crop)}``, or ``{"error": sentence}`` where a file cannot be read: a
+        ``{"data": float32 (U, C, *crop), "offset": float32 (U, 2)}``, the offset of the crop's centre from the
+        image's middle in voxels, or ``{"error": sentence}`` where a file cannot be read: a
         worker process cannot raise in the main one.
     """
 
@@ -108,16 +109,19 @@ class UnlabelledLoader(DataLoader):
     def generate_train_batch(self) -> dict[str, Any]:
         with threadpool_limits(limits=1, user_api=None):
             try:
-                return {"data": torch.from_numpy(np.stack([self._crop(case) for case in self.get_indices()]))}
+                crops, offsets = zip(*[self._crop(case) for case in self.get_indices()])
+                return {"data": torch.from_numpy(np.stack(crops)), "offset": torch.tensor(offsets, dtype=torch.float32)}
             except CMEMSError as error:
                 return {"error": str(error)}
 
-    def _crop(self, case: str) -> np.ndarray:
+    def _crop(self, case: str) -> tuple[np.ndarray, list[float]]:
         image = open_image(case, self.dataset)
         z = np.random.randint(image.shape[1])
         box = [[z, z + 1]]
+        offset = []
         for size, inner, outer in zip(image.shape[2:], self.patch, self.crop):
             first = np.random.randint(size - inner + 1) if size > inner else (size - inner) // 2
+            offset.append(first + inner / 2 - size / 2)
             first -= (outer - inner) // 2
             box.append([first, first + outer])
         try:
@@ -127,7 +131,7 @@ class UnlabelledLoader(DataLoader):
         if not np.isfinite(crop).all():
             path = image_path(case, self.dataset)
             raise CMEMSError(f"{path} has NaN or infinite values; repair the scan and run nnUNetv2_preprocess again.")
-        return crop
+        return crop, offset
 
 
 def _unreadable(path: str, error: Exception) -> str:

@@ -82,7 +82,9 @@ class ExemplarBank:
             self._sources.append(torch.cat([image.float(), filled, label[None].float(), group[None].float()])[None].to(device))
             self._centres.append(self._foreground_centres(label).to(device))
 
-    def draw(self, batch: int, config: SpatialConfig, foreground: float) -> ExemplarCrops:
+    def draw(
+        self, batch: int, config: SpatialConfig, foreground: float, *, offsets: Tensor | None = None, placed: Tensor | None = None
+    ) -> ExemplarCrops:
         """Random crops, each of a random exemplar.
 
         Args:
@@ -90,29 +92,38 @@ class ExemplarBank:
             config: their deformation; image, label and background are deformed alike.
             foreground: probability that a crop is centred on a foreground voxel (classes with equal
                 probability); otherwise its position is uniform.
+            offsets: (B, d) distances in voxels from the exemplar's middle, where ``placed`` is True.
+            placed: (B,) bool, which crops are centred at ``offsets`` instead of a random place.
         """
         chosen = sorted(random.randrange(len(self._sources)) for _ in range(batch))
-        parts = [self._crops(i, chosen.count(i), config, foreground) for i in sorted(set(chosen))]
+        parts = []
+        for i in sorted(set(chosen)):
+            part = slice(chosen.index(i), chosen.index(i) + chosen.count(i))
+            centres = self._draw_centres(i, chosen.count(i), foreground)
+            if offsets is not None and placed is not None:
+                centres = torch.where(placed[part, None], self._middle(i) + offsets[part], centres)
+            parts.append(self._crops(i, centres, config))
         smooth, exact = (torch.cat(part) for part in zip(*parts))
         c = self.channels
         return ExemplarCrops(smooth[:, :c], exact[:, 0].long(), exact[:, 1].long(), smooth[:, c:], self.num_groups)
 
-    def _crops(self, i: int, batch: int, config: SpatialConfig, foreground: float) -> tuple[Tensor, Tensor]:
+    def _crops(self, i: int, centres: Tensor, config: SpatialConfig) -> tuple[Tensor, Tensor]:
         source = self._sources[i]
-        centres = self._draw_centres(i, batch, foreground)
-        deformation = draw_deformation(batch, self.patch, config, self.device)
+        deformation = draw_deformation(len(centres), self.patch, config, self.device)
         smooth = deform(source[:, :-2], deformation, centres)
         return smooth, deform(source[:, -2:], deformation, centres, nearest=True)
 
     def _draw_centres(self, i: int, batch: int, foreground: float) -> Tensor:
-        size = torch.tensor(self._sources[i].shape[2:], dtype=torch.float32, device=self.device)
         half = torch.tensor(self.patch, dtype=torch.float32, device=self.device) / 2
-        middle = (size - 1) / 2
-        low, high = torch.minimum(half - 0.5, middle), torch.maximum(size - half - 0.5, middle)
+        middle = self._middle(i)
+        low, high = torch.minimum(half - 0.5, middle), torch.maximum(2 * middle + 0.5 - half, middle)
         anywhere = low + (high - low) * torch.rand(batch, len(self.patch), device=self.device)
         known = self._centres[i][torch.randint(_CENTRES, (batch,), device=self.device)]
         wanted = torch.where(torch.rand(batch, 1, device=self.device) < foreground, known, anywhere)
         return torch.minimum(torch.maximum(wanted, low), high)
+
+    def _middle(self, i: int) -> Tensor:
+        return (torch.tensor(self._sources[i].shape[2:], dtype=torch.float32, device=self.device) - 1) / 2
 
     @staticmethod
     def _foreground_centres(label: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from nnunetv2_cmems.method.feature_perturbation import ChannelDropout
 from nnunetv2_cmems.method.losses import segmentation_loss
 from nnunetv2_cmems.method.networks import MemberOutput
 from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix, draw_deformation
-from nnunetv2_cmems.method.synthesis import SyntheticBatch, synthesise
+from nnunetv2_cmems.method.synthesis import SyntheticBatch, choose_backgrounds, synthesise
 
 
 class Batches(NamedTuple):
@@ -87,7 +87,8 @@ class Objective:
         config: weights, ramps and perturbations.
         bank: the exemplars.
         batches: images of each stream.
-        class_weights: (K,) weights of the cross-entropy, or None.
+        supervised_weights: (K,) weights of the supervised cross-entropy, or None.
+        pseudo_weights: (K,) weights of the consistency's cross-entropy, or None.
         autocast: makes the context in which the networks run.
     """
 
@@ -96,17 +97,21 @@ class Objective:
         config: CMEMSConfig,
         bank: ExemplarBank,
         batches: Batches,
-        class_weights: Tensor | None,
+        supervised_weights: Tensor | None,
+        pseudo_weights: Tensor | None,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.config = config
         self.bank = bank
         self.batches = batches
-        self.class_weights = class_weights
+        self.supervised_weights = supervised_weights
+        self.pseudo_weights = pseudo_weights
         self.autocast = autocast
         self.dropout = ChannelDropout(config.feature_perturbation)
 
-    def __call__(self, network: Callable[..., list[MemberOutput]], unlabelled: Tensor | None, progress: float) -> Step:
+    def __call__(
+        self, network: Callable[..., list[MemberOutput]], unlabelled: Tensor | None, progress: float, offsets: Tensor | None = None
+    ) -> Step:
         """One step's losses.
 
         Args:
@@ -114,11 +119,12 @@ class Objective:
             unlabelled: (U, C, *larger) unlabelled crops with room for the deformation, or None where
                 no stream needs them.
             progress: share of the training that is done, in [0, 1].
+            offsets: (U, d) where the crops' centres lie in their images, in voxels from the middle.
         """
         config, members = self.config, range(self.config.num_members)
         with torch.no_grad():
             crops = None if unlabelled is None else self.unlabelled_crops(unlabelled)
-            supervised = [self.supervised_batch(crops) for _ in members]
+            supervised = [self.supervised_batch(crops, offsets) for _ in members]
             u_w = u_s = None
             if config.uses_unlabelled and crops is not None:
                 u_w = [change_appearance(crops, config.weak) for _ in members]
@@ -154,7 +160,7 @@ class Objective:
         """The crop that all views of an unlabelled image share: (U, C, *larger) to (U, C, *patch)."""
         return deform(unlabelled, draw_deformation(len(unlabelled), self.bank.patch, self.config.unlabelled_views, unlabelled.device))
 
-    def supervised_batch(self, crops: Tensor | None) -> Supervised:
+    def supervised_batch(self, crops: Tensor | None, offsets: Tensor | None = None) -> Supervised:
         """Exemplar views and synthetic pairs for one member; ``crops`` serve Ω as backgrounds."""
         config, batches = self.config, self.batches
         images, labels, masks = [], [], []
@@ -164,19 +170,26 @@ class Objective:
             labels.append(views.labels)
             masks.append(torch.ones_like(views.labels, dtype=torch.bool))
         if batches.synthetic:
-            pairs = self.synthetic_batch(crops)
+            pairs = self.synthetic_batch(crops, offsets)
             images.append(pairs.images)
             labels.append(pairs.labels)
             masks.append(pairs.mask)
         appearance = change_appearance(torch.cat(images), config.supervised_intensity)
         return Supervised(appearance, torch.cat(labels), torch.cat(masks), batches.exemplar)
 
-    def synthetic_batch(self, crops: Tensor | None) -> SyntheticBatch:
-        """Ω: organs of undeformed exemplar crops on deformed backgrounds."""
-        organs: ExemplarCrops = self.bank.draw(self.batches.synthetic, UNDEFORMED, foreground=1.0)
-        size = organs.images.shape
-        move = draw_deformation(size[0], size[2:], self.config.exemplar_views, organs.images.device)
-        return synthesise(organs, deform(organs.backgrounds, move), crops, self.config.synthesis)
+    def synthetic_batch(self, crops: Tensor | None, offsets: Tensor | None) -> SyntheticBatch:
+        """Ω: organs of undeformed exemplar crops on deformed backgrounds.
+
+        On an unlabelled background the organs are pasted about where the exemplar has them, seen from the
+        middle of the image.
+        """
+        config, batch, device = self.config, self.batches.synthetic, self.bank.device
+        is_unlabelled = choose_backgrounds(batch, crops, config.synthesis, device)
+        if offsets is not None:
+            offsets = offsets[torch.arange(batch, device=device) % len(offsets)]
+        organs: ExemplarCrops = self.bank.draw(batch, UNDEFORMED, foreground=1.0, offsets=offsets, placed=is_unlabelled)
+        move = draw_deformation(batch, self.bank.patch, config.exemplar_views, device)
+        return synthesise(organs, deform(organs.backgrounds, move), crops, config.synthesis, is_unlabelled)
 
     def _supervised_terms(self, terms: dict[str, list[Tensor]], output: MemberOutput, batch: Supervised) -> None:
         assert output.supervised is not None
@@ -187,7 +200,7 @@ class Objective:
                     [scale[part] for scale in output.supervised],
                     batch.labels[part],
                     batch.mask[part],
-                    weights=self.class_weights,
+                    weights=self.supervised_weights,
                     dice_weight=self.config.dice_weight,
                 )
                 terms.setdefault(name, []).append(loss)
@@ -197,8 +210,8 @@ class Objective:
             scales,
             taught.labels,
             taught.confident,
-            weights=self.class_weights,
-            dice_weight=self.config.dice_weight,
+            weights=self.pseudo_weights,
+            dice_weight=self.config.pseudo_dice_weight,
             over_all_pixels=True,
         )
 

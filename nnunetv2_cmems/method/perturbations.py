@@ -112,7 +112,7 @@ def change_appearance(images: Tensor, config: IntensityConfig) -> Tensor:
         config: probability and ranges.
 
     Returns:
-        A new tensor of the same shape.
+        A tensor of the same shape; the input itself where nothing is to be changed.
     """
     if config.probability == 0:
         return images
@@ -161,10 +161,10 @@ def blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
 
 
 class CutMix(NamedTuple):
-    """Rectangles that each image takes from the next one in the batch.
+    """Rectangles that each image takes from the one before it in the batch.
 
     Attributes:
-        box: (B, 1, *spatial) bool, True where the next image's content is taken.
+        box: (B, 1, *spatial) bool, True where the other image's content is taken.
     """
 
     box: Tensor

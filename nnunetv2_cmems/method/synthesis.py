@@ -28,7 +28,9 @@ class SyntheticBatch(NamedTuple):
     mask: Tensor
 
 
-def synthesise(crops: ExemplarCrops, backgrounds: Tensor, unlabelled: Tensor | None, config: SynthesisConfig) -> SyntheticBatch:
+def synthesise(
+    crops: ExemplarCrops, backgrounds: Tensor, unlabelled: Tensor | None, config: SynthesisConfig, is_unlabelled: Tensor | None = None
+) -> SyntheticBatch:
     """Ω for a batch: paste the organs of each exemplar crop onto a background (paper, section 3).
 
     All organs are deformed together; where the exemplar shows several groups of organs that do not
@@ -41,10 +43,17 @@ def synthesise(crops: ExemplarCrops, backgrounds: Tensor, unlabelled: Tensor | N
         backgrounds: (B, C, *patch) the exemplar with its organs inpainted.
         unlabelled: (U, C, *patch) unlabelled crops, or None where there are none.
         config: the ranges.
+        is_unlabelled: (B,) bool, which backgrounds are unlabelled images; None: drawn here.
     """
     batch, _, *patch = crops.images.shape
     device = crops.images.device
-    canvas, is_unlabelled = _choose(backgrounds, unlabelled, config.unlabelled_background)
+    if is_unlabelled is None:
+        is_unlabelled = choose_backgrounds(batch, unlabelled, config, device)
+    is_unlabelled = is_unlabelled.reshape(batch, *[1] * (backgrounds.ndim - 1))
+    canvas = backgrounds
+    if unlabelled is not None:
+        others = unlabelled[torch.arange(batch, device=device) % len(unlabelled)]
+        canvas = torch.where(is_unlabelled, others, backgrounds)
     joint = draw_deformation(batch, patch, config.joint, device)
     content = deform(crops.images, joint)
     labels = deform(crops.labels[:, None].float(), joint, nearest=True)
@@ -58,6 +67,8 @@ def synthesise(crops: ExemplarCrops, backgrounds: Tensor, unlabelled: Tensor | N
             organs = _move(*organs, config, patch)
         canvas, painted = _paste(canvas, painted, *organs, margin, config)
     known = dilate(painted > 0, margin) | ~is_unlabelled
+    if config.known_beyond < 1:
+        known = known | ~dilate(painted > 0, max(margin, round(config.known_beyond * min(patch))))
     return SyntheticBatch(canvas, painted[:, 0].long(), known[:, 0])
 
 
@@ -83,18 +94,19 @@ def inpaint(image: Tensor, hole: Tensor) -> Tensor:
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
     """A (B, C, *spatial) bool mask, grown by ``radius`` voxels (square neighbourhood)."""
-    pool = functional.max_pool2d if mask.ndim == 4 else functional.max_pool3d
-    return pool(mask.float(), 2 * radius + 1, 1, radius) > 0
+    pool: Any = functional.max_pool2d if mask.ndim == 4 else functional.max_pool3d
+    grown, d = mask.float(), mask.ndim - 2
+    for axis in range(d):  # one axis at a time: the same square, and cheap for a large radius
+        reach = [radius if i == axis else 0 for i in range(d)]
+        grown = pool(grown, [2 * r + 1 for r in reach], 1, reach)
+    return grown > 0
 
 
-def _choose(backgrounds: Tensor, unlabelled: Tensor | None, probability: float) -> tuple[Tensor, Tensor]:
-    """The backgrounds, and (B, 1, 1, ...) whether each is an unlabelled image."""
-    shape = [len(backgrounds), *[1] * (backgrounds.ndim - 1)]
+def choose_backgrounds(batch: int, unlabelled: Tensor | None, config: SynthesisConfig, device: torch.device) -> Tensor:
+    """(B,) bool: which pairs get an unlabelled image as background; none where there are none."""
     if unlabelled is None:
-        return backgrounds, torch.zeros(shape, dtype=torch.bool, device=backgrounds.device)
-    is_unlabelled = torch.rand(shape, device=backgrounds.device) < probability
-    others = unlabelled[torch.arange(len(backgrounds), device=unlabelled.device) % len(unlabelled)]
-    return torch.where(is_unlabelled, others, backgrounds), is_unlabelled
+        return torch.zeros(batch, dtype=torch.bool, device=device)
+    return torch.rand(batch, device=device) < config.unlabelled_background
 
 
 def _move(content: Tensor, labels: Tensor, shape: Tensor, config: SynthesisConfig, patch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -78,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-c", default="2d", help="2D configuration to inherit from")
     parser.add_argument("-p", default="nnUNetPlans", help="plans identifier")
     parser.add_argument("--name", default="2d_small", help="name of the new configuration")
-    parser.add_argument("--patch", type=int, nargs=2, default=[96, 96], help="voxels")
-    parser.add_argument("--spacing", type=float, nargs=2, default=[2.25, 2.25], help="mm")
+    parser.add_argument("--patch", type=int, nargs=2, default=[128, 112], help="voxels")
+    parser.add_argument("--spacing", type=float, nargs=2, default=[2.75, 2.75], help="mm")
     parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32, 64, 96], help="channels of each stage")
-    parser.add_argument("--batch", type=int, default=16, help="images a batch")
+    parser.add_argument("--batch", type=int, default=12, help="images a batch")
     args = parser.parse_args(arguments)
 
     dataset = maybe_convert_to_dataset_name(int(args.d) if args.d.isdigit() else args.d)

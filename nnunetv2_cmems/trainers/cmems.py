@@ -143,7 +143,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
     # ------------------------------------------------------------------ data
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
-        """nnU-Net's hook; ours decides by it which axes inference may mirror, and nothing else."""
+        """nnU-Net's hook; ours decides by it the size of unlabelled crops and which axes inference may mirror."""
         patch = self.configuration_manager.patch_size
         axes = tuple(range(len(patch))) if self.config.exemplar_views.mirror else None
         self.inference_allowed_mirroring_axes = axes
@@ -174,7 +174,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         *_, crop, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         train: Iterator
         if self._needs_unlabelled:
-            size = max(self._objective.batches.unlabelled, 2)
+            size = self._objective.batches.unlabelled or 2  # where only the synthetic stream needs them
             train = self._with_workers(UnlabelledLoader(unlabelled, dataset, size, crop, self.configuration_manager.patch_size), 1)
         else:
             train = iter(dict, None)  # an endless stream of empty batches
@@ -241,9 +241,13 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         images = [torch.from_numpy(exemplar.image) for exemplar in self.exemplars]
         labels = [torch.from_numpy(exemplar.label) for exemplar in self.exemplars]
         bank = ExemplarBank(images, labels, self.configuration_manager.patch_size, self.device)
-        weights = class_weights(bank.labels, self.label_manager.num_segmentation_heads, self.config.class_weighting)
+        classes = self.label_manager.num_segmentation_heads
+        weights = class_weights(bank.labels, classes, self.config.class_weighting)
+        pseudo_weights = class_weights(bank.labels, classes, self.config.pseudo_class_weighting)
         batches = batch_sizes(self.config, self.batch_size)
-        self._objective = Objective(self.config, bank, batches, weights.to(self.device), self._autocast)
+        self._objective = Objective(
+            self.config, bank, batches, weights.to(self.device), pseudo_weights.to(self.device), self._autocast
+        )
         self.print_to_log_file(
             f"Images a step: {batches.exemplar} exemplar and {batches.synthetic} synthetic views per member, {batches.unlabelled} "
             f"unlabelled images; class weights {[round(float(weight), 2) for weight in weights]}"
@@ -254,17 +258,20 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        state = random.getstate()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            unlabelled = self._unlabelled(next(self.dataloader_train))
+            unlabelled, offsets = self._unlabelled(next(self.dataloader_train))
             path = os.path.join(self.output_folder, "exemplar.png")
-            draw_snapshot(path, self._objective, self.exemplars, unlabelled, self._class_names())
+            draw_snapshot(path, self._objective, self.exemplars, unlabelled, offsets, self._class_names())
+        random.setstate(state)
 
     def _class_names(self) -> dict[int, str]:
         return {int(value): name for name, value in self.dataset_json["labels"].items()}
 
     def train_step(self, batch: dict) -> dict:
         self.optimizer.zero_grad(set_to_none=True)
-        step = self._objective(self.network, self._unlabelled(batch), self._progress())
+        unlabelled, offsets = self._unlabelled(batch)
+        step = self._objective(self.network, unlabelled, self._progress(), offsets)
         scaler = self.grad_scaler
         (step.total if scaler is None else scaler.scale(step.total)).backward()
         values = _to_host({"loss": step.total.detach(), **{f"loss/{name}": term for name, term in step.terms.items()}, **step.statistics})
@@ -281,10 +288,12 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self._step_in_epoch += 1
         return values
 
-    def _unlabelled(self, batch: dict) -> Tensor | None:
+    def _unlabelled(self, batch: dict) -> tuple[Tensor | None, Tensor | None]:
         if "error" in batch:
             raise CMEMSError(batch["error"])
-        return batch["data"].to(self.device, non_blocking=True) if "data" in batch else None
+        if "data" not in batch:
+            return None, None
+        return batch["data"].to(self.device, non_blocking=True), batch["offset"].to(self.device, non_blocking=True)
 
     def _progress(self) -> float:
         return (self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch) / self.num_epochs

@@ -18,7 +18,8 @@ class History:
     """Our curves, kept in nnU-Net's logger, so that checkpoints and Weights & Biases get them too.
 
     Keys: ``loss/<term>``, ``coverage/member_<i>`` (share of unlabelled pixels at or above tau),
-    ``coverage_foreground/member_<i>`` (the same among pixels predicted as foreground),
+    ``coverage_foreground/member_<i>`` (the same among pixels predicted as foreground), both by the member's own
+    confidence,
     ``agreement/<class>`` and ``agreement/mean`` (Dice between the members on unlabelled images),
     ``pseudo_label_*`` (against hidden labels; logged only). What an epoch lacks is NaN.
     """

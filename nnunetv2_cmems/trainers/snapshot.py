@@ -16,7 +16,12 @@ from nnunetv2_cmems.study.pictures import plot_exemplar
 
 @torch.no_grad()
 def draw_snapshot(
-    path: str, objective: Objective, exemplars: Sequence[Exemplar], unlabelled: Tensor | None, class_names: Mapping[int, str]
+    path: str,
+    objective: Objective,
+    exemplars: Sequence[Exemplar],
+    unlabelled: Tensor | None,
+    offsets: Tensor | None,
+    class_names: Mapping[int, str],
 ) -> None:
     """Draw the (first) exemplar, four synthetic pairs, and an unlabelled image with its views.
 
@@ -25,13 +30,14 @@ def draw_snapshot(
         objective: draws pairs and views as in training.
         exemplars: at least one.
         unlabelled: (U, C, *larger) crops, or None where no stream needs them.
+        offsets: where the crops lie in their images, see the objective.
         class_names: the name of each label.
     """
     config = objective.config
     crops = None if unlabelled is None else objective.unlabelled_crops(unlabelled)
     pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     while objective.batches.synthetic and len(pairs) < 4:
-        synthetic = objective.synthetic_batch(crops)
+        synthetic = objective.synthetic_batch(crops, offsets)
         pairs += [(_first_channel(i), label.cpu().numpy(), mask.cpu().numpy()) for i, label, mask in zip(*synthetic)]
     views = {}
     if crops is not None and config.uses_unlabelled:

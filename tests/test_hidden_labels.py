@@ -1,0 +1,158 @@
+"""How right the pseudo-labels are, where hidden labels exist: golden values, and no trace in the training."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CASES, PATCH, Workspace
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+
+from nnunetv2_cmems.data.exemplar import PreprocessedDataset
+from nnunetv2_cmems.method.networks import MutualNetworks
+from nnunetv2_cmems.trainers.hidden_labels import HiddenLabels
+
+NAMES = {0: "background", 1: "wall", 2: "cavity"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dataset(workspace: Workspace) -> PreprocessedDataset:
+    return PreprocessedDataset.from_plans(
+        str(workspace.images), nnUNetDatasetBlosc2, PlansManager(workspace.plans()), workspace.dataset_json()
+    )
+
+
+def sample(cases: list[str], dataset: PreprocessedDataset, patch: tuple[int, int] = PATCH) -> HiddenLabels:
+    found = HiddenLabels.of(cases, dataset, patch)
+    assert found is not None
+    return found
+
+
+def test_central_crops_of_the_middle_slices(workspace: Workspace, dataset: PreprocessedDataset) -> None:
+    found = sample(CASES, dataset)
+    assert found.images.shape == (6, 1, 32, 32) and found.images.dtype == torch.float32
+    assert found.labels.shape == (6, 32, 32) and found.labels.dtype == torch.int64
+    for i, case in enumerate(CASES):
+        assert np.array_equal(found.images[i], workspace.image(case)[:, 2, 2:34, 2:34])
+        assert np.array_equal(found.labels[i], workspace.label(case)[0, 2, 2:34, 2:34])
+
+
+def test_what_lies_beyond_the_image_has_no_label(workspace: Workspace, dataset: PreprocessedDataset) -> None:
+    found = sample(CASES[:1], dataset, (40, 40))
+    assert (found.labels[0, :2] == -1).all() and (found.images[0, :, :2] == 0).all()
+    assert np.array_equal(found.labels[0, 2:38, 2:38], workspace.label(CASES[0])[0, 2])
+
+
+def test_cases_without_a_usable_label_are_passed_over(workspace: Workspace, dataset: PreprocessedDataset) -> None:
+    (workspace.images / f"{CASES[0]}_seg.b2nd").unlink()
+    (workspace.images / f"{CASES[1]}_seg.b2nd").write_bytes(b"no label" * 100)
+    spoilt = workspace.images / f"{CASES[2]}_seg.b2nd"
+    content = bytearray(spoilt.read_bytes())
+    content[len(content) // 4 : -(len(content) // 4)] = b"\xaa" * len(content[len(content) // 4 : -(len(content) // 4)])
+    spoilt.write_bytes(content)
+    found = sample(CASES, dataset)
+    assert np.array_equal(found.images, np.stack([workspace.image(case)[:, 2, 2:34, 2:34] for case in CASES[3:]]))
+    assert HiddenLabels.of(CASES[:3], dataset, PATCH) is None
+    assert HiddenLabels.of([], dataset, PATCH) is None
+
+
+class Described:
+    """A data set of 40 cases that notes which are asked for."""
+
+    asked: list[str] = []
+
+    def __init__(self, folder: str, identifiers: list[str]) -> None:
+        pass
+
+    def load_case(self, case: str) -> Any:
+        self.asked.append(case)
+        return np.zeros((1, 3, 8, 8)), np.zeros((1, 3, 8, 8)), None, {}
+
+
+def test_at_most_sixteen_cases_evenly_spread(tmp_path: Path) -> None:
+    dataset = PreprocessedDataset(str(tmp_path), Described, (0, 1, 2), {1: "wall"})  # type: ignore[arg-type]
+    cases = [f"case{i:02d}" for i in range(40)]
+    Described.asked = []
+    assert len(sample(cases, dataset, (8, 8)).images) == 16
+    places = [cases.index(case) for case in Described.asked]
+    assert len(set(places)) == 16 and places[0] < 3 and places[-1] >= 28
+
+
+class Member(nn.Module):
+    """Says the same of every image: ``logits`` (K, Y, X), as the finest of two scales."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        assert not torch.is_grad_enabled()
+        finest = self.logits.expand(len(x), *self.logits.shape)
+        return [finest, finest[..., ::2]]
+
+
+def network(*rows: list[tuple[int, float]]) -> MutualNetworks:
+    """One member for each row of (class, probability) of the pixels of an image of one row; the other classes share the rest."""
+    members = []
+    for row in rows:
+        p = torch.tensor([[confidence if k == label else (1 - confidence) / 2 for label, confidence in row] for k in range(3)])
+        members.append(Member(p.log()[:, None]))
+    made = iter(members)
+    return MutualNetworks(lambda: next(made), len(members))
+
+
+ONE = [(1, 0.9), (1, 0.9), (0, 0.9), (2, 0.6)]
+OTHER = [(1, 0.9), (0, 0.8), (0, 0.9), (2, 0.9)]
+TRUTH = torch.tensor([[[1, 1, 1, 2]]])  # (N, Y, X)
+
+
+def test_accuracy_over_the_pixels_that_reach_tau() -> None:
+    """Of 4 + 4 pixels, 3 and 3 reach 0.85; right are 2 (ONE: the wall twice) and 2 (OTHER: wall and cavity)."""
+    values = HiddenLabels(torch.zeros(1, 1, 1, 4), TRUTH).accuracy(network(ONE, OTHER), 0.85, CPU, NAMES)
+    assert values["pseudo_label_accuracy"] == pytest.approx(4 / 6)
+    # wall: shared 2 + 1; sizes (2 + 3) / 2 and (1 + 2) / 2. cavity: shared 0 + 1; sizes 0 and 1
+    assert values["pseudo_label_dice/wall"] == pytest.approx(3 / 4)
+    assert values["pseudo_label_dice/cavity"] == pytest.approx(1.0)
+    assert values["pseudo_label_dice/mean"] == pytest.approx(7 / 8)
+
+
+def test_single_member_is_its_own_teacher() -> None:
+    values = HiddenLabels(torch.zeros(1, 1, 1, 4), TRUTH).accuracy(network(ONE), 0.85, CPU, NAMES)
+    assert values["pseudo_label_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_pixels_without_a_label_do_not_count() -> None:
+    truth = torch.tensor([[[1, -1, -1, -1]]])
+    values = HiddenLabels(torch.zeros(1, 1, 1, 4), truth).accuracy(network(ONE), 0.85, CPU, NAMES)
+    assert values["pseudo_label_accuracy"] == 1.0
+    assert values["pseudo_label_dice/wall"] == 1.0
+
+
+def test_nothing_is_sure() -> None:
+    values = HiddenLabels(torch.zeros(1, 1, 1, 4), TRUTH).accuracy(network(ONE), 0.95, CPU, NAMES)
+    assert "pseudo_label_accuracy" not in values
+    assert values["pseudo_label_dice/mean"] == 0.0
+
+
+def test_many_images_are_counted_like_one() -> None:
+    """More than one batch of eight."""
+    many = HiddenLabels(torch.zeros(19, 1, 1, 4), TRUTH.repeat(19, 1, 1)).accuracy(network(ONE, OTHER), 0.85, CPU, NAMES)
+    one = HiddenLabels(torch.zeros(1, 1, 1, 4), TRUTH).accuracy(network(ONE, OTHER), 0.85, CPU, NAMES)
+    assert many == pytest.approx(one)
+
+
+def test_no_trace_is_left_in_the_training(dataset: PreprocessedDataset) -> None:
+    states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index]
+    found = HiddenLabels(torch.zeros(1, 1, 1, 4), TRUTH)
+    members = network(ONE, OTHER)
+    found.accuracy(members, 0.85, CPU, NAMES)
+    sample(CASES, dataset)
+    assert all(parameter.grad is None for parameter in members.parameters())
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index]
