@@ -188,7 +188,7 @@ def workspace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     _set_paths(monkeypatch, tmp_path)
     monkeypatch.setenv("nnUNet_raw", str(prepared / "raw"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("nnUNet_cmems_config", raising=False)
     monkeypatch.delenv("nnUNet_compile", raising=False)
     for picture in PICTURES:

@@ -48,36 +48,6 @@ class nnUNetTrainerOwn(nnUNetTrainer):
 """
 """A module in a user's own folder."""
 
-TORCHVISION_WITHOUT_OPERATORS = """
-import os, sys
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != "torchvision":
-            return None
-        sys.meta_path.remove(self)
-        import importlib.util, torch
-        spec = importlib.util.find_spec(name)
-        library = os.path.join(os.path.dirname(spec.origin), "_C.so") if spec else ""
-        if os.path.exists(library):
-            try:
-                torch.ops.load_library(library)
-            except OSError:
-                self.operators = torch.library.Library("torchvision", "FRAGMENT")
-                for operator in ("nms", "qnms"):
-                    self.operators.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-                torch.torchvision_without_operators = self  # the definitions live as long as the library object
-        return spec
-
-sys.meta_path.insert(0, Finder())
-"""
-"""Lets torchvision be imported beside a torch that it was not built for, for instance its CUDA build beside torch for CPUs.
-
-It says "operator torchvision::nms does not exist" there, and nnU-Net, which imports all of its own trainers, and with
-them timm and torchvision, before it looks into ``nnUNet_extTrainer``, would find no external trainer at all.
-"""
-
-
 def clean_environment(**variables: str) -> dict[str, str]:
     """This process's environment without what would lead Python or nnU-Net elsewhere, plus ``variables``."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "nnUNet_")) and k != "VIRTUAL_ENV"}
@@ -97,9 +67,7 @@ class Installation:
         # Plain lines of a .pth file: the folders join sys.path after this environment's own, and .pth
         # files that lie in them, such as the start-up line of an installed copy of ours, do not run.
         borrowed = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
-        (self.site_packages / "torchvision_without_operators.py").write_text(TORCHVISION_WITHOUT_OPERATORS, encoding="utf-8")
-        lines = [*borrowed, "import torchvision_without_operators"]
-        (self.site_packages / "zz_borrowed.pth").write_text("\n".join(lines), encoding="utf-8")
+        (self.site_packages / "zz_borrowed.pth").write_text("\n".join(borrowed), encoding="utf-8")
         self.pip("--version")  # writes whatever pip writes into an environment when it first runs
         self.files_before = self.files()
         source = ["-e", str(REPOSITORY)] if mode == "editable" else [str(REPOSITORY)]
@@ -186,7 +154,7 @@ def test_the_variable_is_not_extended_twice(installation: Installation) -> None:
 def test_explicit_export_works_without_the_start_up_line(installation: Installation) -> None:
     startup = installation.site_packages / STARTUP
     content = startup.read_bytes()
-    startup.unlink()
+    startup.write_text(startup_lines()[1])  # the other line, for a torchvision that does not fit, stays
     try:
         assert installation.variable() == []
         folder = installation.run([str(installation.scripts / command.PROG), "trainer_path"]).stdout.strip()
@@ -223,19 +191,26 @@ def test_uninstalling_leaves_nothing(installation: Installation) -> None:
 # The start-up line and the re-exporting module by themselves.
 
 
-def startup_line() -> str:
+def startup_lines() -> list[str]:
+    """What Python runs of the file: the line that sets the variable, and the one that looks after torchvision."""
     lines = [line for line in (REPOSITORY / STARTUP).read_text(encoding="ascii").splitlines() if not line.startswith("#")]
-    assert len(lines) == 1 and lines[0].startswith("import ")  # all that Python runs of a .pth file
-    return lines[0]
+    assert len(lines) == 2 and all(line.startswith("import ") for line in lines)
+    return lines
 
 
-def test_start_up_line_costs_less_than_a_millisecond() -> None:
-    line, seconds = startup_line(), []
-    with mock.patch.dict(os.environ):
+def start_up() -> None:
+    for line in startup_lines():
+        exec(line, {})
+
+
+def test_start_up_costs_less_than_a_millisecond() -> None:
+    lines, seconds = startup_lines(), []
+    with mock.patch.dict(os.environ), mock.patch.object(sys, "meta_path", list(sys.meta_path)):
         for _ in range(51):
             os.environ.pop(VARIABLE, None)
             begin = time.perf_counter()
-            exec(line, {})
+            for line in lines:
+                exec(line, {})
             seconds.append(time.perf_counter() - begin)
     assert statistics.median(seconds) < 1e-3
 
@@ -245,9 +220,34 @@ def test_start_up_line_survives_an_odd_path(path: Any, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     with mock.patch.dict(os.environ):
         os.environ.pop(VARIABLE, None)
-        with mock.patch.object(sys, "path", path):
-            exec(startup_line(), {})
+        with mock.patch.object(sys, "path", path), mock.patch.object(sys, "meta_path", list(sys.meta_path)):
+            start_up()
         assert VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize("with_nnunet", [True, False])
+def test_nnunet_can_import_a_torchvision_that_does_not_fit(with_nnunet: bool, tmp_path: Path) -> None:
+    """And only nnU-Net can: another program gets torchvision's own error."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("import torch\ntorch.library.register_fake('torchvision::nms')(lambda *a: None)\n")
+    (package / "_C.so").write_text("built for another torch")
+    script = f"""
+import sys
+sys.path[:0] = {[str(tmp_path), str(REPOSITORY)]!r}
+for line in {startup_lines()!r}:
+    exec(line, {{}})
+{"import nnunetv2" if with_nnunet else ""}
+try:
+    import torchvision
+    print("imported")
+except RuntimeError as error:
+    print(error)
+"""
+    arguments = [sys.executable, "-c", script]
+    done = subprocess.run(arguments, env=clean_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    said = done.stdout.strip()
+    assert said == "imported" if with_nnunet else "torchvision::nms does not exist" in said, done.stderr
 
 
 def test_folder_is_harmless_in_a_python_without_the_package(tmp_path: Path) -> None:

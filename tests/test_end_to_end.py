@@ -48,7 +48,7 @@ def begin(command: str, *arguments: str, log: Path, before: str = "") -> subproc
     module, function = COMMANDS[command].split(":")
     script = f"{before}\nif __name__ == '__main__':\n    import torch\n    torch.set_num_threads(1)\n"
     script += f"    torch.set_num_threads = lambda n: None\n    from {module} import {function} as f\n    f()\n"
-    environment = {**os.environ, "nnUNet_def_n_proc": "1", "OMP_THREAD_LIMIT": "1", "MPLBACKEND": "agg", "PYTHONUTF8": "1"}
+    environment = {**os.environ, "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONUTF8": "1"}
     with open(log, "wb") as out:
         return subprocess.Popen([sys.executable, "-c", script, *arguments], env=environment, cwd=log.parent, stdout=out, stderr=out)
 

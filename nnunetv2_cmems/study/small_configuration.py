@@ -40,10 +40,16 @@ def small_configuration(
         batch_size: images a batch.
 
     Raises:
-        CMEMSError: ``base`` is not in the plans, or the patch does not fit the number of stages.
+        CMEMSError: ``base`` is not in the plans or not 2D, ``name`` is another configuration's, or the
+            patch does not fit the number of stages.
     """
     if base not in plans["configurations"]:
         raise CMEMSError(f"the plans have no configuration '{base}'; they have {', '.join(plans['configurations'])}.")
+    if len(plans["configurations"][base].get("patch_size", (0, 0))) != 2:
+        raise CMEMSError(f"configuration '{base}' is not 2D; name a 2D one with -c.")
+    existing = plans["configurations"].get(name)
+    if existing is not None and existing.get("inherits_from") != base:
+        raise CMEMSError(f"the plans have a configuration '{name}' already, which is not a small one of '{base}'; choose another --name.")
     factor = 2 ** (len(features) - 1)
     if any(side % factor for side in patch_size):
         raise CMEMSError(f"each side of the patch {list(patch_size)} must be divisible by {factor} for {len(features)} stages.")
@@ -54,9 +60,10 @@ def small_configuration(
         features_per_stage=list(features),
         kernel_sizes=[[3, 3]] * stages,
         strides=[[1, 1]] + [[2, 2]] * (stages - 1),
-        n_conv_per_stage=[2] * stages,
         n_conv_per_stage_decoder=[2] * (stages - 1),
     )
+    blocks = "n_blocks_per_stage" if "n_blocks_per_stage" in architecture["arch_kwargs"] else "n_conv_per_stage"
+    architecture["arch_kwargs"][blocks] = [2] * stages
     return {
         "inherits_from": base,
         "data_identifier": f"{plans['plans_name']}_{name}",

@@ -19,7 +19,6 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.run import run_training
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -33,6 +32,7 @@ from torch._dynamo import OptimizedModule
 from nnunetv2_cmems.config import CMEMSConfig, ExemplarSpec, differences, load_config, with_overrides
 from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset, choose_exemplar, load_exemplars
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader, check_images
+from nnunetv2_cmems.data.validation import ValidationLoader
 from nnunetv2_cmems.errors import CMEMSError, show_errors_as_sentences
 from nnunetv2_cmems.method.exemplars import ExemplarBank
 from nnunetv2_cmems.method.losses import class_weights
@@ -179,7 +179,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         else:
             train = iter(dict, None)  # an endless stream of empty batches
         val = self._with_workers(self._validation_loader(validation), 2)
-        next(val)
+        _raise_error(next(val))
         return train, val
 
     def preprocessed_dataset(self) -> PreprocessedDataset:
@@ -211,10 +211,10 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             self.print_to_log_file(f"Exemplar ({how}): case {exemplar.case}, slice {exemplar.slice} along {exemplar.axis} (counted from 0)")
         self.print_to_log_file(f"Unlabelled training cases: {len(unlabelled)}. CMEMS config: {self._config_source}")
 
-    def _validation_loader(self, cases: Sequence[str]) -> nnUNetDataLoader:
+    def _validation_loader(self, cases: Sequence[str]) -> ValidationLoader:
         patch = self.configuration_manager.patch_size
         transforms = self.get_validation_transforms(self._get_deep_supervision_scales())
-        return nnUNetDataLoader(
+        return ValidationLoader(
             self.dataset_class(self.preprocessed_dataset_folder, cases),
             self.batch_size,
             patch,
@@ -230,7 +230,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if processes == 0:
             return SingleThreadedAugmenter(loader, None)
         processes = max(1, processes // share)
-        seeds = None if self.config.seed is None else [self.config.seed + share * 1000 + i for i in range(processes)]
+        first = (self.config.seed or 0) + 10_000 * self.current_epoch + 1000 * share
+        seeds = None if self.config.seed is None else [first + i for i in range(processes)]
         return NonDetMultiThreadedAugmenter(
             loader, None, processes, max(3, processes // 2), seeds, pin_memory=self.device.type == "cuda", wait_time=0.002
         )
@@ -278,9 +279,9 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self._stop_at_nan(values)
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        for member in self.mutual_networks.members:
-            torch.nn.utils.clip_grad_norm_(member.parameters(), 12)  # nnU-Net's value
-        if scaler is None:
+        norms = [torch.nn.utils.clip_grad_norm_(member.parameters(), 12) for member in self.mutual_networks.members]  # nnU-Net's value
+        if scaler is None:  # a scaler skips the step by itself where a gradient overflows
+            self._stop_at_nan({f"loss/gradient of member {i}": float(norm) for i, norm in enumerate(norms)})
             self.optimizer.step()
         else:
             scaler.step(self.optimizer)
@@ -288,9 +289,12 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self._step_in_epoch += 1
         return values
 
+    def validation_step(self, batch: dict) -> dict:
+        _raise_error(batch)
+        return super().validation_step(batch)
+
     def _unlabelled(self, batch: dict) -> tuple[Tensor | None, Tensor | None]:
-        if "error" in batch:
-            raise CMEMSError(batch["error"])
+        _raise_error(batch)
         if "data" not in batch:
             return None, None
         return batch["data"].to(self.device, non_blocking=True), batch["offset"].to(self.device, non_blocking=True)
@@ -300,7 +304,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def _stop_at_nan(self, values: dict[str, Any]) -> None:
         broken = [name for name in values if name.startswith("loss/") and not np.isfinite(values[name])]
-        if broken or not np.isfinite(values["loss"]):
+        if broken or not np.isfinite(values.get("loss", 0.0)):
             raise CMEMSError(
                 f"the loss is not a finite number any more (term {', '.join(name[5:] for name in broken) or 'total'}, "
                 f"epoch {self.current_epoch}, step {self._step_in_epoch}); the last checkpoint in {self.output_folder} is untouched: "
@@ -339,6 +343,9 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         Raises:
             CMEMSError: it cannot be written; the old one is untouched.
         """
+        if self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
         temporary = f"{filename}.tmp"
         try:
             super().save_checkpoint(temporary)
@@ -384,6 +391,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         elif not self.was_initialized:
             self._use(config)
         super().load_checkpoint(path)
+        if self.config.seed is not None:  # or the epochs to come would repeat the draws of the first ones
+            _seed_everything(self.config.seed + self.current_epoch)
 
 
 def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> None:
@@ -458,6 +467,12 @@ def _to_host(values: dict[str, Tensor]) -> dict[str, Any]:
         found[name] = part.reshape(value.shape) if value.ndim else part[0]
         first += value.numel()
     return found
+
+
+def _raise_error(batch: dict) -> None:
+    """Raise what a loader, perhaps in a worker process, could only report."""
+    if "error" in batch:
+        raise CMEMSError(batch["error"])
 
 
 def _first_line(error: Exception) -> str:

@@ -40,12 +40,13 @@ class HiddenLabels:
         for case in list(cases)[::step][:_MOST_CASES]:
             try:
                 image, label, _, _ = dataset.dataset_class(dataset.folder, [case]).load_case(case)
+                z = image.shape[1] // 2
+                box = [[z, z + 1], *[[(n - m) // 2, (n - m) // 2 + m] for n, m in zip(image.shape[2:], patch)]]
+                image, label = crop_and_pad_nd(image, box, 0), crop_and_pad_nd(label, box, -1)
             except Exception:  # labels are a luxury here: whatever is wrong with them, the training goes on
                 continue
-            z = image.shape[1] // 2
-            box = [[z, z + 1], *[[(n - m) // 2, (n - m) // 2 + m] for n, m in zip(image.shape[2:], patch)]]
-            images.append(crop_and_pad_nd(image, box, 0)[:, 0].astype(np.float32))
-            labels.append(crop_and_pad_nd(label, box, -1)[0, 0].astype(np.int64))
+            images.append(image[:, 0].astype(np.float32))
+            labels.append(label[0, 0].astype(np.int64))
         return cls(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))) if images else None
 
     @torch.no_grad()
