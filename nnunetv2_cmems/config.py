@@ -76,7 +76,7 @@ class SpatialConfig:
     """Random spatial deformation, drawn once per image.
 
     Attributes:
-        probability: probability that an image is deformed at all (mirroring has its own odds of 1/2).
+        probability: probability that an image is deformed at all.
         rotation: largest rotation in degrees, either way.
         scale: smallest and largest zoom factor of the content.
         shift: largest shift, as a fraction of the patch's side.
@@ -368,7 +368,7 @@ def _fit(value: Any, option: Any, source: str, key: str) -> tuple[bool, Any]:
         return isinstance(value, int) and not isinstance(value, bool), value
     if option is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        return fits, float(value) if fits else None
+        return fits, float(max(-1e300, min(1e300, value))) if fits else None
     if option is str:
         return isinstance(value, str), value
     if typing.get_origin(option) is Literal:

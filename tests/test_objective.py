@@ -360,7 +360,7 @@ def test_every_term_reaches_every_member(d: int, term: str, members: int) -> Non
     config = dataclasses.replace(CMEMSConfig(), num_members=members, tau=0.0, **weights)
     network = real_networks(d, members)
     step = objective(config, d)(network, torch.randn(2, 1, *[SIZE] * d), 1.0)
-    assert torch.isfinite(step.total) and float(step.total) > 0
+    assert torch.isfinite(step.total) and step.total > 0
     step.total.backward()
     for member in network.members:
         for part in (member.encoder, member.decoder):

@@ -92,7 +92,6 @@ def test_mirroring_flips_each_axis_on_its_own_and_labels_follow(d: int) -> None:
     assert seen == set(axes)
 
 
-@pytest.mark.xfail(strict=True, reason="mirroring disregards SpatialConfig.probability")
 def test_an_image_that_is_not_deformed_is_not_mirrored() -> None:
     image = numbered(1, 1, 5, 5)
     out = deform(image, draw_deformation(32, (5, 5), SpatialConfig(probability=0.0, mirror=True), CPU))

@@ -27,6 +27,7 @@ class ExemplarCrops(NamedTuple):
         groups: (B, *patch) numbers of the organ groups, see :func:`organ_groups`.
         backgrounds: (B, C, *patch) crops of the inpainted exemplars.
         num_groups: the largest number in ``groups`` over all exemplars.
+        near: (B, *patch) bool, the surroundings of organs, also of those just outside of the crop.
     """
 
     images: Tensor
@@ -34,6 +35,7 @@ class ExemplarCrops(NamedTuple):
     groups: Tensor
     backgrounds: Tensor
     num_groups: int
+    near: Tensor | None = None
 
 
 def organ_groups(label: Tensor) -> Tensor:
@@ -64,9 +66,12 @@ class ExemplarBank:
         labels: one (*spatial) label map of class indices per exemplar.
         patch: size of the crops in voxels.
         device: where they are kept and drawn.
+        reach: how far, in voxels, the surroundings of an organ go.
     """
 
-    def __init__(self, images: Sequence[Tensor], labels: Sequence[Tensor], patch: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, images: Sequence[Tensor], labels: Sequence[Tensor], patch: Sequence[int], device: torch.device, reach: int = 0
+    ) -> None:
         from nnunetv2_cmems.method.synthesis import dilate, inpaint
 
         self.patch = tuple(patch)
@@ -79,7 +84,9 @@ class ExemplarBank:
         self._centres = []
         for image, label, group in zip(images, self.labels, groups):
             filled = inpaint(image[None].float(), dilate(label[None, None] > 0, 2))[0]
-            self._sources.append(torch.cat([image.float(), filled, label[None].float(), group[None].float()])[None].to(device))
+            near = dilate(label[None, None] > 0, reach)[0]
+            maps = torch.stack([label, group, near[0]]).float()
+            self._sources.append(torch.cat([image.float(), filled, maps])[None].to(device))
             self._centres.append(self._foreground_centres(label).to(device))
 
     def draw(
@@ -101,26 +108,33 @@ class ExemplarBank:
             part = slice(chosen.index(i), chosen.index(i) + chosen.count(i))
             centres = self._draw_centres(i, chosen.count(i), foreground)
             if offsets is not None and placed is not None:
-                centres = torch.where(placed[part, None], self._middle(i) + offsets[part], centres)
+                there = self._on_voxels(self._middle(i) + offsets[part])
+                centres = torch.where(placed[part, None], there, centres)
             parts.append(self._crops(i, centres, config))
         smooth, exact = (torch.cat(part) for part in zip(*parts))
         c = self.channels
-        return ExemplarCrops(smooth[:, :c], exact[:, 0].long(), exact[:, 1].long(), smooth[:, c:], self.num_groups)
+        labels, groups, near = exact.unbind(1)
+        return ExemplarCrops(smooth[:, :c], labels.long(), groups.long(), smooth[:, c:], self.num_groups, near > 0)
 
     def _crops(self, i: int, centres: Tensor, config: SpatialConfig) -> tuple[Tensor, Tensor]:
         source = self._sources[i]
         deformation = draw_deformation(len(centres), self.patch, config, self.device)
-        smooth = deform(source[:, :-2], deformation, centres)
-        return smooth, deform(source[:, -2:], deformation, centres, nearest=True)
+        smooth = deform(source[:, :-3], deformation, centres)
+        return smooth, deform(source[:, -3:], deformation, centres, nearest=True)
 
     def _draw_centres(self, i: int, batch: int, foreground: float) -> Tensor:
         half = torch.tensor(self.patch, dtype=torch.float32, device=self.device) / 2
-        middle = self._middle(i)
-        low, high = torch.minimum(half - 0.5, middle), torch.maximum(2 * middle + 0.5 - half, middle)
+        last, middle = 2 * self._middle(i), self._on_voxels(self._middle(i))
+        low, high = torch.minimum(half - 0.5, middle), torch.maximum(last + 0.5 - half, middle)
         anywhere = low + (high - low) * torch.rand(batch, len(self.patch), device=self.device)
         known = self._centres[i][torch.randint(_CENTRES, (batch,), device=self.device)]
         wanted = torch.where(torch.rand(batch, 1, device=self.device) < foreground, known, anywhere)
-        return torch.minimum(torch.maximum(wanted, low), high)
+        return torch.minimum(torch.maximum(self._on_voxels(wanted), low), high)
+
+    def _on_voxels(self, centres: Tensor) -> Tensor:
+        """The nearest centres at which a crop's voxels are voxels of the image (an even crop's centre lies between two)."""
+        half = (torch.tensor(self.patch, dtype=torch.float32, device=self.device) - 1) / 2
+        return (centres - half).round() + half
 
     def _middle(self, i: int) -> Tensor:
         return (torch.tensor(self._sources[i].shape[2:], dtype=torch.float32, device=self.device) - 1) / 2

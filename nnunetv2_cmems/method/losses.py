@@ -24,7 +24,7 @@ def class_weights(labels: Sequence[Tensor], num_classes: int, exponent: float) -
     frequency = counts / counts.sum()
     frequency = torch.where(counts > 0, frequency, frequency[counts > 0].min())
     weights = frequency**-exponent
-    return (weights / (weights * frequency).sum()).float()
+    return (weights / (weights * counts / counts.sum()).sum()).float()
 
 
 def deep_supervision_weights(num_scales: int) -> list[float]:

@@ -130,6 +130,9 @@ def _member_step(
     All streams go through the encoder as one batch, the weak view only once: its features serve the
     pseudo-label (decoded without gradient) and, perturbed, the feature granularity. Members without
     batch statistics (nnU-Net's instance norm) keep the streams independent of each other.
+
+    The pass without gradient comes last: autocast caches the half-precision copies of the weights, and
+    copies made without gradient would cut the later passes off from it.
     """
     with_gradient = [x for x in (supervised, strong) if x is not None]
     num_supervised = 0 if supervised is None else len(supervised)
@@ -138,16 +141,16 @@ def _member_step(
     if weak is not None and dropout is not None:
         features = member.encoder(torch.cat([*with_gradient, weak]))
         first = num_supervised + num_strong
-        with torch.no_grad():
-            weak_logits = _scales(member.decoder([level[first:].detach() for level in features]))[0]
         dropped = dropout([level[first:] for level in features])
         scales = _scales(member.decoder([torch.cat([level[:first], drop]) for level, drop in zip(features, dropped)]))
         perturbed = [scale[first:] for scale in scales]
+        with torch.no_grad():
+            weak_logits = _scales(member.decoder([level[first:].detach() for level in features]))[0]
     else:
+        scales = _scales(member(torch.cat(with_gradient))) if with_gradient else []
         if weak is not None:
             with torch.no_grad():
                 weak_logits = _scales(member(weak))[0]
-        scales = _scales(member(torch.cat(with_gradient))) if with_gradient else []
     return MemberOutput(
         supervised=None if supervised is None else [scale[:num_supervised] for scale in scales],
         strong=None if strong is None else [scale[num_supervised : num_supervised + num_strong] for scale in scales],

@@ -49,7 +49,7 @@ def draw_deformation(batch: int, patch: Sequence[int], config: SpatialConfig, de
     zoom = torch.exp(-active * (low + (high - low) * torch.rand(batch, device=device)))
     matrix = matrix * zoom[:, None, None]
     if config.mirror:
-        flips = 1 - 2 * (torch.rand(batch, d, device=device) < 0.5).float()
+        flips = 1 - 2 * active[:, None] * (torch.rand(batch, d, device=device) < 0.5).float()
         matrix = matrix * flips[:, None, :]
     shift = active[:, None] * config.shift * size * (2 * torch.rand(batch, d, device=device) - 1)
     offsets = torch.einsum("bij,nj->bni", matrix, base.reshape(-1, d)).reshape(batch, *patch, d)

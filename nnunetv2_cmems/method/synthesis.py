@@ -68,8 +68,16 @@ def synthesise(
         canvas, painted = _paste(canvas, painted, *organs, margin, config)
     known = dilate(painted > 0, margin) | ~is_unlabelled
     if config.known_beyond < 1:
-        known = known | ~dilate(painted > 0, max(margin, round(config.known_beyond * min(patch))))
+        near = dilate(painted > 0, max(margin, reach(config, patch)))
+        if crops.near is not None:
+            near = near | (deform(crops.near[:, None].float(), joint, nearest=True) > 0)
+        known = known | ~near
     return SyntheticBatch(canvas, painted[:, 0].long(), known[:, 0])
+
+
+def reach(config: SynthesisConfig, patch: Sequence[int]) -> int:
+    """Distance in voxels from the organs beyond which an unlabelled background is known."""
+    return round(config.known_beyond * min(patch)) if config.known_beyond < 1 else 0
 
 
 def inpaint(image: Tensor, hole: Tensor) -> Tensor:

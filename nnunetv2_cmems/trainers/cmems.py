@@ -38,6 +38,7 @@ from nnunetv2_cmems.method.exemplars import ExemplarBank
 from nnunetv2_cmems.method.losses import class_weights
 from nnunetv2_cmems.method.networks import MutualNetworks, count_members, splits
 from nnunetv2_cmems.method.objective import Objective, batch_sizes
+from nnunetv2_cmems.method.synthesis import reach
 from nnunetv2_cmems.trainers.hidden_labels import HiddenLabels
 from nnunetv2_cmems.trainers.history import History
 from nnunetv2_cmems.trainers.snapshot import draw_snapshot
@@ -241,7 +242,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
     def _prepare_objective(self) -> None:
         images = [torch.from_numpy(exemplar.image) for exemplar in self.exemplars]
         labels = [torch.from_numpy(exemplar.label) for exemplar in self.exemplars]
-        bank = ExemplarBank(images, labels, self.configuration_manager.patch_size, self.device)
+        patch = self.configuration_manager.patch_size
+        bank = ExemplarBank(images, labels, patch, self.device, reach(self.config.synthesis, patch))
         classes = self.label_manager.num_segmentation_heads
         weights = class_weights(bank.labels, classes, self.config.class_weighting)
         pseudo_weights = class_weights(bank.labels, classes, self.config.pseudo_class_weighting)
