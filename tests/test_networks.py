@@ -140,7 +140,7 @@ def test_dropped_channels_change_the_perturbed_view_alone() -> None:
 
 
 def test_gradients_survive_mixed_precision() -> None:
-    """The weak view is decoded without gradient first; a cached cast must not cut the others off."""
+    """The weak view is decoded without gradient; autocast's cached weights must not cut the other passes off."""
     net = networks()
     for dropout in (None, ChannelDropout(FeatureConfig())):
         trained = []

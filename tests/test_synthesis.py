@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_cmems.config import SpatialConfig, SynthesisConfig
-from nnunetv2_cmems.method.exemplars import ExemplarCrops, organ_groups
+from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank, ExemplarCrops, organ_groups
 from nnunetv2_cmems.method.synthesis import dilate, inpaint, synthesise
 
 DIMENSIONS = pytest.mark.parametrize("d", [2, 3])
@@ -81,6 +81,21 @@ def test_far_from_the_organs_the_background_is_known_again(d: int, beyond: float
     pair = synthesise(crops_of(label, zeros[0]), zeros, zeros, config)
     near, far = label_with(d, 16, (1, (4, 4), 7)) == 1, label_with(d, 16, (1, (2, 2), 11)) == 0
     assert torch.equal(pair.mask[0], near | far if unknown else torch.ones_like(near))
+
+
+def test_an_organ_just_outside_of_the_crop_keeps_its_surroundings_unknown() -> None:
+    """Nothing is pasted, but the unlabelled image may show its own organ right at the crop's border."""
+    label = label_with(2, 32, (1, (0, 14), 4))  # rows 0 to 3
+    bank = ExemplarBank([torch.randn(1, 32, 32)], [label], (16, 16), torch.device("cpu"), reach=4)
+    everywhere = torch.ones(1, dtype=torch.bool)
+    config = SynthesisConfig(**{**PLAIN, "unlabelled_background": 1.0, "known_beyond": 0.25})  # 4 of 16 voxels
+    offsets = torch.tensor([[-2.0, 0.0]])  # the crop shows rows 6 to 21
+    crops = bank.draw(1, UNDEFORMED, 1.0, offsets=offsets, placed=everywhere)
+    assert not crops.labels.any()
+    pair = synthesise(crops, crops.backgrounds, torch.randn(1, 1, 16, 16), config, everywhere)
+    expected = torch.ones(16, 16, dtype=torch.bool)
+    expected[:2, 2:14] = False  # rows 6 and 7 are within 4 voxels of row 3; the columns are 14 - 4 to 17 + 4, less 8
+    assert torch.equal(pair.mask[0], expected)
 
 
 def test_backgrounds_are_those_that_the_caller_chose() -> None:
