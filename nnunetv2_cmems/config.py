@@ -290,6 +290,7 @@ def load_config(base: CMEMSConfig, preprocessed_dataset_folder: str | None) -> t
     Raises:
         CMEMSError: the file is missing, not JSON, or does not fit (see :func:`with_overrides`).
     """
+    base = with_overrides(CMEMSConfig(), base.to_dict(), "the trainer's own config")  # a subclass may be anybody's
     path = os.environ.get(CONFIG_VARIABLE)
     if path:
         if not os.path.isfile(path):
@@ -297,7 +298,7 @@ def load_config(base: CMEMSConfig, preprocessed_dataset_folder: str | None) -> t
     elif preprocessed_dataset_folder is not None:
         path = os.path.join(preprocessed_dataset_folder, CONFIG_FILE)
     if not path or not os.path.isfile(path):
-        return with_overrides(base, {}, "the trainer's own config"), "the trainer's defaults"
+        return base, "the trainer's defaults"
     try:
         with open(path, encoding="utf-8") as file:
             overrides = json.load(file)

@@ -265,3 +265,9 @@ def test_differences_are_dotted_keys_with_both_values() -> None:
 
 def test_differences_see_keys_that_only_one_has() -> None:
     assert differences({"a": 1}, {"b": {"c": 2}}) == ["a (1 then, null now)", 'b (null then, {"c": 2} now)']
+
+
+def test_a_trainers_own_config_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
+    with pytest.raises(CMEMSError, match="trainer's own config.*'tau' is 2"):
+        load_config(CMEMSConfig(tau=2.0), None)
