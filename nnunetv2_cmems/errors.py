@@ -31,3 +31,8 @@ def show_errors_as_sentences() -> None:
 
     hook._shows_cmems_errors = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none: what fits into one sentence."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

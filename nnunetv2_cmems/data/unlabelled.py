@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from threadpoolctl import threadpool_limits
 
 from nnunetv2_cmems.data.exemplar import PreprocessedDataset, read_properties
-from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.errors import CMEMSError, first_line
 
 
 def image_path(case: str, dataset: PreprocessedDataset) -> str:
@@ -135,4 +135,4 @@ class UnlabelledLoader(DataLoader):
 
 
 def _unreadable(path: str, error: Exception) -> str:
-    return f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); run nnUNetv2_preprocess again."
+    return f"{path} cannot be read ({first_line(error)}); run nnUNetv2_preprocess again."

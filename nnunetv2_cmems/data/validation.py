@@ -7,6 +7,8 @@ from typing import Any
 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
+from nnunetv2_cmems.errors import first_line
+
 
 class _NamedCases:
     """A data set of nnU-Net that remembers which case was loaded last."""
@@ -36,5 +38,4 @@ class ValidationLoader(nnUNetDataLoader):
             return super().generate_train_batch()
         except Exception as error:  # damaged files raise nearly anything
             path = os.path.join(self._data.data.source_folder, self._data.last)
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return {"error": f"the validation case {path} cannot be read ({why}); run nnUNetv2_preprocess again."}
+            return {"error": f"the validation case {path} cannot be read ({first_line(error)}); run nnUNetv2_preprocess again."}

@@ -33,7 +33,7 @@ from nnunetv2_cmems.config import CMEMSConfig, ExemplarSpec, differences, load_c
 from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset, choose_exemplar, load_exemplars
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader, check_images
 from nnunetv2_cmems.data.validation import ValidationLoader
-from nnunetv2_cmems.errors import CMEMSError, show_errors_as_sentences
+from nnunetv2_cmems.errors import CMEMSError, first_line, show_errors_as_sentences
 from nnunetv2_cmems.method.exemplars import ExemplarBank
 from nnunetv2_cmems.method.losses import class_weights
 from nnunetv2_cmems.method.networks import MutualNetworks, count_members, splits
@@ -357,7 +357,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             if os.path.isfile(temporary):
                 os.remove(temporary)
             raise CMEMSError(
-                f"{filename} cannot be written ({_first_line(error)}); the last whole checkpoint is untouched: make room on the disk and "
+                f"{filename} cannot be written ({first_line(error)}); the last whole checkpoint is untouched: make room on the disk and "
                 "continue with --c."
             ) from error
 
@@ -374,7 +374,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             checkpoint = torch.load(path, map_location="cpu", weights_only=False)
             trainer, weights, record = checkpoint["trainer_name"], checkpoint["network_weights"], checkpoint["init_args"].get(RECORD)
         except Exception as error:  # unpickling a damaged file raises nearly anything
-            raise CMEMSError(f"{path} cannot be read as a checkpoint ({_first_line(error)}); delete it and continue with --c.") from error
+            raise CMEMSError(f"{path} cannot be read as a checkpoint ({first_line(error)}); delete it and continue with --c.") from error
         if trainer != type(self).__name__ or record is None:
             raise CMEMSError(f"{path} was written by {trainer}, not by {type(self).__name__}; name its trainer with -tr.")
         config = with_overrides(CMEMSConfig(), record["config"], path)
@@ -475,7 +475,3 @@ def _raise_error(batch: dict) -> None:
     """Raise what a loader, perhaps in a worker process, could only report."""
     if "error" in batch:
         raise CMEMSError(batch["error"])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
