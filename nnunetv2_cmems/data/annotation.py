@@ -1,0 +1,154 @@
+"""What of a mask is annotated: a whole volume, or planes of it along any axis.
+
+Everything here is about masks in native space, as nnU-Net's readers deliver them: integer arrays
+(Z, Y, X). "Not annotated" is nnU-Net's ignore label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_cmems.errors import CMEMSError
+
+AXES = "zyx"
+"""Names of the array's axes: x is the first axis of a NIfTI file, z the last."""
+
+
+@dataclass(frozen=True)
+class LabelValues:
+    """The values that a mask may have.
+
+    Attributes:
+        names: the name of each value, background included; a value that only regions name goes by theirs.
+        ignore: the value that means "not annotated", or None where ``dataset.json`` names none.
+    """
+
+    names: Mapping[int, str]
+    ignore: int | None
+
+    @classmethod
+    def of(cls, dataset_json: Mapping[str, Any]) -> LabelValues:
+        """As ``dataset.json`` names them."""
+        names: dict[int, str] = {}
+        ignore = None
+        for name, values in dataset_json["labels"].items():
+            if name == "ignore":
+                ignore = int(values)
+                continue
+            for value in values if isinstance(values, (list, tuple)) else [values]:
+                names.setdefault(int(value), name)
+        return cls(names, ignore)
+
+    @property
+    def not_annotated(self) -> int:
+        """The ignore label, or what nnU-Net would demand as one: the highest value plus 1."""
+        return self.ignore if self.ignore is not None else max(self.names) + 1
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What of a mask is annotated.
+
+    Attributes:
+        planes: the annotated planes that show an organ, as (axis of the array, index), sorted; None for a
+            volume that is annotated as a whole (single voxels of it may still be "not annotated").
+        classes: the foreground values that it shows.
+    """
+
+    planes: tuple[tuple[int, int], ...] | None
+    classes: frozenset[int]
+
+    @property
+    def axes(self) -> frozenset[int]:
+        """The axes of the array along which planes are annotated."""
+        return frozenset(axis for axis, _ in self.planes or ())
+
+
+def read_annotation(mask: np.ndarray, values: LabelValues, path: str) -> Annotation:
+    """Find out what of a mask is annotated.
+
+    Without a "not annotated" voxel the whole volume is; also where more than half of it is, with something
+    of every plane along every axis. Else the mask is read as planes: the axis is the one along which the
+    fewest planes hold anything annotated; where whole planes are annotated, also along different axes,
+    these are taken.
+
+    Args:
+        mask: (Z, Y, X), as the reader delivers it.
+        values: what ``dataset.json`` names.
+        path: the mask's file, for the error's sentence.
+
+    Raises:
+        CMEMSError: a value that ``dataset.json`` does not name, no organ at all, or nothing annotated.
+    """
+    found = np.unique(mask)
+    _check_values(found, values, path)
+    annotated = mask != values.not_annotated
+    if not annotated.any():
+        raise CMEMSError(
+            f"{path} is wholly 'not annotated' (value {values.not_annotated}); paint a slice of it, or take it out of labelsTr."
+        )
+    classes = frozenset(int(v) for v in found if v > 0 and v != values.not_annotated)
+    if not classes:
+        raise CMEMSError(f"{path} is empty, it shows no organ; paint a slice of it, or take it out of labelsTr.")
+    occupied = [_occupied(annotated, axis) for axis in range(3)]
+    if annotated.all() or (annotated.mean() > 0.5 and all(len(o) == n for o, n in zip(occupied, mask.shape, strict=True) if n > 1)):
+        return Annotation(None, classes)
+    planes = _whole_planes(annotated)
+    if planes is None:
+        axis = min(range(3), key=lambda a: (len(occupied[a]), a))
+        planes = [(axis, i) for i in occupied[axis]]
+    organs = annotated & (mask != 0)
+    return Annotation(tuple(sorted((a, i) for a, i in planes if organs.take(i, a).any())), classes)
+
+
+def complete_plane(labels: np.ndarray, not_annotated: int) -> np.ndarray:
+    """Labels of one painted plane; where only organs were painted, the rest of the plane is background.
+
+    Whoever paints into an empty template leaves everything but the organs "not annotated". A plane that has
+    a single pixel of explicit background is left as it is.
+
+    Shape:
+        (P, Q) to (P, Q), a new array where something changes.
+    """
+    if (labels == 0).any() or not (labels != not_annotated).any():
+        return labels
+    return np.where(labels == not_annotated, 0, labels).astype(labels.dtype)
+
+
+def _check_values(found: np.ndarray, values: LabelValues, path: str) -> None:
+    unknown = [v for v in found.tolist() if v not in values.names and v != values.ignore]
+    if not unknown:
+        return
+    known = ", ".join(f"{v} ({name})" for v, name in sorted(values.names.items()))
+    if unknown == [values.not_annotated]:
+        raise CMEMSError(
+            f'{path} has the value {unknown[0]}, which dataset.json does not name; if it means "not annotated", add "ignore": {unknown[0]} '
+            "to the labels of dataset.json."
+        )
+    some = ", ".join(f"{v:g}" for v in unknown[:5])
+    raise CMEMSError(
+        f"{path} has the value{'s' if len(unknown) > 1 else ''} {some}, which dataset.json does not name (it names {known}); correct the mask, or name the value in dataset.json."
+    )
+
+
+def _occupied(annotated: np.ndarray, axis: int) -> Sequence[int]:
+    others = tuple(a for a in range(3) if a != axis)
+    return np.flatnonzero(annotated.any(axis=others)).tolist()
+
+
+def _whole_planes(annotated: np.ndarray) -> list[tuple[int, int]] | None:
+    """The wholly annotated planes along all axes, if together they are all that is annotated; else None."""
+    covered = np.zeros_like(annotated)
+    planes = []
+    for axis in range(3):
+        if annotated.shape[axis] == 1:
+            continue
+        others = tuple(a for a in range(3) if a != axis)
+        for i in np.flatnonzero(annotated.all(axis=others)).tolist():
+            planes.append((axis, i))
+            covered[(slice(None),) * axis + (i,)] = True
+    return planes if (covered == annotated).all() else None
