@@ -31,18 +31,19 @@ def _between(low: float, high: float, default: Any) -> Any:
 
 @dataclass(frozen=True)
 class ExemplarSpec:
-    """One annotated slice, named as the user sees it.
+    """One annotated slice, or all that is annotated of a case, named as the user sees it.
 
     Attributes:
         case: the case identifier, as in nnU-Net's file names without ``_0000`` and file ending.
-        slice: zero-based index of the slice in the RAW image along ``axis``.
+        slice: zero-based index of the slice in the RAW image along ``axis``. ``None``: all that is annotated of
+            the case; in 3D the whole volume, where all of it is.
         axis: the raw image's voxel axis that the slice is an index of: ``"x"``, ``"y"`` or ``"z"``
             (``"z"`` is the last axis of a NIfTI file). ``None``: the axis along which nnU-Net's 2D
             configuration cuts its slices.
     """
 
     case: str
-    slice: int = _between(0, 10**9, 0)
+    slice: int | None = _between(0, 10**9, None)
     axis: Literal["x", "y", "z"] | None = None
 
 
@@ -174,7 +175,9 @@ class CMEMSConfig:
     """All hyper-parameters of one training.
 
     Attributes:
-        exemplar: ``"auto"``, or the annotated slices.
+        exemplar: the annotated slices or volumes; or ``"all"``, everything that is annotated in the fold's training
+            cases; or ``"one"``, the most typical slice (in 3D: volume) of them, the other labels hidden; or
+            ``"auto"``: all where the data set has scans without labels in ``imagesUn``, else one.
         allow_missing_classes: go on when the exemplars together lack a class.
         num_members: number of networks that teach each other. Two is the paper's method; one is
             its own teacher (as in FixMatch).
@@ -214,7 +217,7 @@ class CMEMSConfig:
             arrive in any order.
     """
 
-    exemplar: Literal["auto"] | tuple[ExemplarSpec, ...] = "auto"
+    exemplar: Literal["auto", "all", "one"] | tuple[ExemplarSpec, ...] = "auto"
     allow_missing_classes: bool = False
     num_members: int = _between(1, 4, 2)
     num_epochs: int = _between(1, 10**6, 200)
@@ -384,9 +387,13 @@ def _fit(value: Any, option: Any, source: str, key: str) -> tuple[bool, Any]:
 
 
 def _exemplar(value: Any, source: str, key: str) -> ExemplarSpec:
-    if not isinstance(value, dict) or not {"case", "slice"} <= set(value):
+    if not isinstance(value, dict) or "case" not in value:
         example = '{"case": "patient001", "slice": 4}'
-        raise CMEMSError(f"{source}: '{key}' must name a case and a slice, as {example}, not {json.dumps(value)}.")
+        raise CMEMSError(
+            f"{source}: '{key}' must name a case, and a slice of it if not all is meant, as {example}, not {json.dumps(value)}."
+        )
+    if value.get("slice") is None and value.get("axis") is not None:
+        raise CMEMSError(f"{source}: '{key}' names an axis but no slice; add \"slice\", or leave out \"axis\".")
     return _merge(ExemplarSpec(case=""), value, source, f"{key}.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +48,26 @@ def test_other_errors_reach_the_hook_that_was_there_before(monkeypatch: pytest.M
     hook(CMEMSError, ours, None)
     assert seen == [other]
     assert capsys.readouterr().err == "nnunetv2-cmems: y\n"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "name", "expected"),
+    [
+        ("nnUNetTrainerCMEMS", "nnUNetPlans.json", True),
+        ("nnUNetTrainer", "nnUNetPlans.json", False),
+        ("nnUNetTrainerCMEMS", "a.pkl", False),
+    ],
+)
+def test_a_data_set_that_is_not_planned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, trainer: str, name: str, expected: bool
+) -> None:
+    seen: list[BaseException] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: seen.append(error))
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "27", "2d", "0", "-tr", trainer])
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    show_errors_as_sentences()
+    path = str(tmp_path / "Dataset027_X" / name)
+    sys.excepthook(FileNotFoundError, FileNotFoundError(2, "No such file or directory", path), None)
+    said = capsys.readouterr().err
+    assert (f"{path} does not exist" in said and "nnUNetv2_cmems plan_and_preprocess" in said) == expected
+    assert bool(seen) != expected

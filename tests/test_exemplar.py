@@ -14,6 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nn
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_cmems.config import ExemplarSpec
+from nnunetv2_cmems.data.annotation import LabelValues
 from nnunetv2_cmems.data.exemplar import (
     PreprocessedDataset,
     choose_exemplar,
@@ -103,6 +104,7 @@ def plans(transpose: list[int], spacing: list[float]) -> PlansManager:
         {
             "dataset_name": "Dataset999_Made",
             "plans_name": "plans",
+            "image_reader_writer": "SimpleITKIO",
             "transpose_forward": transpose,
             "transpose_backward": [int(i) for i in np.argsort(transpose)],
             "foreground_intensity_properties_per_channel": {"0": {}},
@@ -150,13 +152,14 @@ def test_a_marked_raw_slice_is_found_after_nnunets_own_preprocessing(
     assert (chosen.axis, chosen.slice) == (axis, 8)  # slices 8 and 9 show both classes
 
 
-def test_outside_of_the_nonzero_mask_is_background_and_ignore_is_kept(tmp_path: Path) -> None:
+def test_outside_of_the_nonzero_mask_is_background_and_ignore_is_unknown(tmp_path: Path) -> None:
     label = labels((3, 10, 10), range(3))
     label[..., 0], label[..., 9] = -1, 3
     save(tmp_path, "a", scan(0, (3, 10, 10)), label)
-    (exemplar,) = load_exemplars([ExemplarSpec("a", OFFSET)], ["a"], data_set(tmp_path))
-    assert set(np.unique(exemplar.label)) == {0, 1, 2, 3}
-    assert (exemplar.label[:, 0] == 0).all() and (exemplar.label[:, 9] == 3).all()
+    dataset = dataclasses.replace(data_set(tmp_path), labels=LabelValues({0: "background", 1: "ring", 2: "disc"}, 3))
+    (exemplar,) = load_exemplars([ExemplarSpec("a", OFFSET)], ["a"], dataset)
+    assert set(np.unique(exemplar.label)) == {-1, 0, 1, 2}
+    assert (exemplar.label[:, 0] == 0).all() and (exemplar.label[:, 9] == -1).all()
 
 
 def test_an_image_of_one_slice(tmp_path: Path) -> None:
@@ -305,7 +308,7 @@ def test_a_slice_named_twice(dataset: PreprocessedDataset) -> None:
 
 def test_missing_classes(dataset: PreprocessedDataset) -> None:
     one, other = ExemplarSpec("p0_t1", 8), ExemplarSpec("p1_t1", 8)
-    assert "The exemplar lacks 'disc' (case 'p0_t1' slice 8)" in refusal([one], dataset)
+    assert "The exemplar lacks 'disc' (slice 8 of case 'p0_t1')" in refusal([one], dataset)
     assert "The 2 exemplars together lack 'disc'" in refusal([one, other], dataset)
     assert len(load_exemplars([one, other], CASES, dataset, allow_missing_classes=True)) == 2
     assert len(load_exemplars([one, ExemplarSpec("p1_t1", 4)], CASES, dataset)) == 2

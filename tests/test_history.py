@@ -15,7 +15,7 @@ from nnunetv2_cmems.study.pictures import plot_curves, plot_exemplar
 from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS_exemplarOnly
 from nnunetv2_cmems.trainers.history import History, dice_values
 
-NAMES = {0: "background", 1: "wall", 2: "cavity"}
+NAMES = ("wall", "cavity")
 NAN = float("nan")
 ORIGINALS = dict(zip(PICTURES, (LocalLogger.plot_progress_png, plot_curves, plot_exemplar), strict=True))
 

@@ -31,10 +31,10 @@ def values(row: list[Any], d: int) -> Tensor:
     return torch.tensor(row).reshape(1, *[1] * (d - 1), len(row))
 
 
-def nnunet_loss(num_scales: int, ignore_label: int | None = None) -> Any:
+def nnunet_loss(num_scales: int, ignore_label: int | None = None, regions: bool = False) -> Any:
     """The loss that nnU-Net's trainer builds: batch Dice and cross-entropy, deeply supervised."""
     trainer = SimpleNamespace(
-        label_manager=SimpleNamespace(has_regions=False, ignore_label=ignore_label),
+        label_manager=SimpleNamespace(has_regions=regions, ignore_label=ignore_label),
         configuration_manager=SimpleNamespace(batch_dice=True),
         is_ddp=False,
         enable_deep_supervision=num_scales > 1,
@@ -176,6 +176,89 @@ def test_half_precision_logits_are_summed_in_single_precision() -> None:
     assert loss.dtype == torch.float32
     share = float((target == 1).float().mean())
     assert float(loss) == pytest.approx(math.log(2) + 1 - share / (0.5 + share), abs=1e-3)
+
+
+# regions
+
+HEADS = [[0.75, 0.5], [0.2, 0.9]]  # two pixels, two regions: sigmoids
+INSIDE = [[True, False], [False, True]]
+
+
+def heads(rows: list[list[Any]], d: int) -> Tensor:
+    """(1, K, ..., n) from one row of K values a pixel."""
+    return torch.tensor(rows).T.reshape(1, len(rows[0]), *[1] * (d - 1), len(rows)).contiguous()
+
+
+@DIMENSIONS
+@pytest.mark.parametrize(
+    ("weights", "mask", "over_all", "expected"),
+    [
+        (None, None, False, (0.287682 + 0.693147 + 0.223144 + 0.105361) / 4),
+        (None, [True, False], False, (0.287682 + 0.693147) / 2),  # the first pixel only
+        (None, [[True, False], [True, True]], False, (0.287682 + 0.223144 + 0.105361) / 3),
+        (None, [[True, False], [True, True]], True, (0.287682 + 0.223144 + 0.105361) / 4),
+        # outside and inside of the first region, then of the second one
+        ([[1.0, 3.0], [2.0, 5.0]], None, False, (3 * 0.287682 + 2 * 0.693147 + 0.223144 + 5 * 0.105361) / 11),
+        ([[1.0, 3.0], [2.0, 5.0]], [[True, False], [True, True]], True, (3 * 0.287682 + 0.223144 + 5 * 0.105361) / 11),
+        (None, [False, False], False, 0.0),
+    ],
+)
+def test_binary_cross_entropy(d: int, weights: list[list[float]] | None, mask: list[Any] | None, over_all: bool, expected: float) -> None:
+    counted = None if mask is None else heads(mask, d) if isinstance(mask[0], list) else values(mask, d)
+    loss = cross_entropy(
+        heads(HEADS, d).logit(),
+        heads(INSIDE, d),
+        counted,
+        weights=None if weights is None else torch.tensor(weights),
+        over_all_pixels=over_all,
+    )
+    assert loss.shape == () and float(loss) == pytest.approx(expected, abs=1e-5)
+
+
+@DIMENSIONS
+@pytest.mark.parametrize(
+    ("target", "mask", "expected"),
+    [
+        (INSIDE, None, 1 - (2 * 0.75 / (0.95 + 1) + 2 * 0.9 / (1.4 + 1)) / 2),
+        ([[True, False], [True, False]], None, 1 - 2 * 0.95 / (0.95 + 2)),  # nothing of the second region is shown
+        (INSIDE, [True, False], 1 - 2 * 0.75 / (0.75 + 1)),
+        (INSIDE, [[True, False], [True, True]], 1 - (2 * 0.75 / (0.95 + 1) + 2 * 0.9 / (0.9 + 1)) / 2),
+    ],
+)
+def test_dice_of_regions(d: int, target: list[list[bool]], mask: list[Any] | None, expected: float) -> None:
+    counted = None if mask is None else heads(mask, d) if isinstance(mask[0], list) else values(mask, d)
+    assert float(dice_loss(heads(HEADS, d).logit(), heads(target, d), counted)) == pytest.approx(expected, abs=1e-5)
+
+
+@DIMENSIONS
+@pytest.mark.parametrize("num_scales", [1, 3])
+@pytest.mark.parametrize(("num_regions", "masked"), [(3, False), (1, False), (1, True)])
+def test_equals_nnunets_loss_of_regions(d: int, num_scales: int, num_regions: int, masked: bool) -> None:
+    """With a mask for one region only: over several, nnU-Net sums the masked cross-entropy, but takes the mean of the unmasked one."""
+    sizes = [[16 // 2**i] * d for i in range(num_scales)]
+    scales = [torch.randn(2, num_regions, *size) for size in sizes]
+    target = torch.rand(2, num_regions, *sizes[0]) < 0.4
+    mask = torch.rand(2, *sizes[0]) < 0.7 if masked else None
+    theirs = target if mask is None else torch.cat([target, ~mask[:, None]], 1)
+    lowered = DownsampleSegForDSTransform([[0.5**i] * d for i in range(num_scales)])
+    targets = [torch.stack(scale) for scale in zip(*(lowered(segmentation=t.float())["segmentation"] for t in theirs))]
+    loss = nnunet_loss(num_scales, 9 if masked else None, regions=True)
+    expected = loss(scales, targets) if num_scales > 1 else loss(scales[0], targets[0])
+    assert float(segmentation_loss(scales, target, mask)) == pytest.approx(float(expected) + 1, abs=1e-4)
+
+
+@DIMENSIONS
+@pytest.mark.parametrize("per_region", [False, True])
+@pytest.mark.parametrize("over_all", [False, True])
+def test_regions_get_no_gradient_outside_of_their_mask(d: int, per_region: bool, over_all: bool) -> None:
+    scales = [torch.randn(2, 3, *[n] * d, requires_grad=True) for n in (8, 4, 2)]
+    target = torch.rand(2, 3, *[8] * d) < 0.5
+    mask = torch.rand(2, *([3] if per_region else []), *[8] * d) < 0.5
+    segmentation_loss(scales, target, mask, weights=torch.rand(3, 2) + 0.5, over_all_pixels=over_all).backward()
+    assert scales[0].grad is not None and scales[1].grad is not None and scales[2].grad is None
+    counted = mask if per_region else mask[:, None].expand_as(target)
+    assert torch.equal(scales[0].grad != 0, counted)
+    assert scales[1].grad.any() and not scales[1].grad.all()
 
 
 # class weights

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from nnunetv2_cmems import trainers
 from nnunetv2_cmems.config import CMEMSConfig, IntensityConfig, SynthesisConfig, TermConfig
 from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank
+from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
 from nnunetv2_cmems.method.networks import MemberOutput, MutualNetworks
 from nnunetv2_cmems.method.objective import Batches, Objective, batch_sizes, overlap, pseudo_label, unlabelled_statistics
 
 DIMENSIONS = pytest.mark.parametrize("d", [2, 3])
 CPU = torch.device("cpu")
 SIZE = 8
+CLASSES = Classes(("one", "two"))
+REGIONS = Regions(("both", "one", "two"), None, ((1, 2), (1,), (2,)))
 OFF = TermConfig(enabled=False)
 ON = TermConfig()
 SAME = IntensityConfig(probability=0.0)
@@ -42,13 +45,26 @@ def _seed() -> None:
     random.seed(0)
 
 
-def objective(config: CMEMSConfig, d: int = 2, batches: Batches | None = None) -> Objective:
+def exemplar(d: int = 2) -> Tensor:
     label = torch.zeros([12] * d, dtype=torch.long)
     label[(slice(3, 6),) * d], label[(slice(7, 10),) * d] = 1, 2
-    bank = ExemplarBank([torch.randn(1, *label.shape) + label], [label], [SIZE] * d, CPU)
+    return label
+
+
+def objective(
+    config: CMEMSConfig,
+    d: int = 2,
+    batches: Batches | None = None,
+    space: LabelSpace = CLASSES,
+    label: Tensor | None = None,
+    size: int = SIZE,
+) -> Objective:
+    if label is None:
+        label = exemplar(d)
+    bank = ExemplarBank([torch.randn(1, *label.shape) + label], [label], [size] * d, CPU)
     if batches is None:
         batches = batch_sizes(config, 8)
-    return Objective(config, bank, batches, supervised_weights=None, pseudo_weights=None, autocast=contextlib.nullcontext)
+    return Objective(config, bank, batches, space, supervised_weights=None, pseudo_weights=None, autocast=contextlib.nullcontext)
 
 
 def certain(k: int, batch: int = 2, d: int = 2, sure: float = 30.0) -> Tensor:
@@ -144,10 +160,10 @@ def test_pseudo_label_is_the_mean_of_the_others_where_it_reaches_tau(d: int) -> 
     rows = [[0.9, 0.05, 0.05], [0.2, 0.8, 0.0], [0.4, 0.5, 0.1]]
     probabilities = [torch.tensor(row).reshape(1, 3, *[1] * d) for row in rows]
     for member, tau, label, confident in [(0, 0.6, 1, True), (0, 0.7, 1, False), (1, 0.6, 0, True), (2, 0.6, 0, False), (2, 0.5, 0, True)]:
-        taught = pseudo_label(probabilities, member, tau)  # means: 0.3 0.65 0.05; 0.65 0.275 0.075; 0.55 0.425 0.025
+        taught = pseudo_label(probabilities, member, tau, CLASSES)  # means: 0.3 0.65 0.05; 0.65 0.275 0.075; 0.55 0.425 0.025
         assert taught.labels.shape == taught.confident.shape == (1, *[1] * d)
         assert (int(taught.labels), bool(taught.confident)) == (label, confident)
-    alone = pseudo_label(probabilities[:1], 0, 0.9)
+    alone = pseudo_label(probabilities[:1], 0, 0.9, CLASSES)
     assert (int(alone.labels), bool(alone.confident)) == (0, True), "tau itself is confident"
 
 
@@ -221,6 +237,84 @@ def test_labels_are_cut_and_mixed_like_the_strong_views() -> None:
         mixed += sum(not torch.allclose(view, unlabelled, atol=1e-4) for view in u_s)
         assert not torch.allclose(u_s[0], u_s[1], atol=1e-4), "each member has boxes of its own"
     assert mixed >= 12
+
+
+# regions and what is not annotated
+
+
+def of_regions(signs: list[int], batch: int = 2, d: int = 2) -> Tensor:
+    """Logits that are sure of the inside (1) or outside (-1) of each region, or of nothing (0), everywhere."""
+    return (30.0 * torch.tensor(signs)).reshape(1, 3, *[1] * d).expand(batch, 3, *[SIZE] * d).clone()
+
+
+@DIMENSIONS
+def test_each_region_is_taught_where_it_is_sure(d: int) -> None:
+    strong, perturbed = [unsure(d=d), unsure(d=d)], [unsure(d=d), unsure(d=d)]
+    network = FakeNetwork([of_regions([1, -1, 0], d=d), of_regions([-1, 0, 1], d=d)], strong, perturbed)
+    step = objective(CALM, d, space=REGIONS)(network, torch.randn(2, 1, *[SIZE] * d), 1.0)
+    assert float(step.terms["image"]) == pytest.approx(2 / 3 * math.log(2), abs=1e-5)
+    assert float(step.terms["feature"]) == pytest.approx(2 / 3 * math.log(2), abs=1e-5)
+    step.total.backward()
+    for pupil, taught in ((0, [-1, 0, 1]), (1, [1, -1, 0])):  # by the other one
+        for logits in (strong[pupil], perturbed[pupil]):
+            assert logits.grad is not None
+            assert torch.equal(logits.grad.sign(), -of_regions(taught, d=d).sign())
+
+
+def test_regions_are_cut_and_mixed_like_the_strong_views() -> None:
+    unlabelled = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1).expand(2, 1, SIZE, SIZE)
+    weak = torch.cat([of_regions([1, 1, -1], 1), of_regions([1, -1, 1], 1)])
+
+    def read(view: Tensor) -> Tensor:
+        first = 60.0 * (view < 1.5) - 30
+        return torch.cat([torch.full_like(view, 30.0), first, -first], 1)
+
+    for _ in range(8):
+        network = FakeNetwork([weak, weak], read)
+        config = dataclasses.replace(CALM, cutmix=1.0, feature=OFF, pseudo_dice_weight=1.0)
+        assert float(objective(config, space=REGIONS)(network, unlabelled, 1.0).terms["image"]) < 1e-3
+        ((_, _, u_s, _),) = network.calls
+        assert not all(torch.allclose(view, unlabelled, atol=1e-4) for view in u_s)
+
+
+def supervised_gradient(made: Objective, d: int) -> tuple[Tensor, Any]:
+    """The gradient of the first member's supervised logits, all 0 and hence 0.5 for each region, and its batch."""
+    batches = [made.supervised_batch(torch.randn(2, 1, *made.bank.patch)) for _ in range(2)]
+    given, seen = iter(batches), []
+    made.supervised_batch = lambda *_: next(given)  # type: ignore[method-assign]
+
+    def network(supervised: list[Tensor], *_: Any) -> list[MemberOutput]:
+        seen.extend(torch.zeros(len(x), 3, *made.bank.patch, requires_grad=True) for x in supervised)
+        return [MemberOutput([logits], None, None, None) for logits in seen]
+
+    made(network, None, 1.0).total.backward()
+    assert seen[0].grad is not None
+    return seen[0].grad, batches[0]
+
+
+@DIMENSIONS
+def test_supervised_regions_are_those_of_the_label_map(d: int) -> None:
+    config = dataclasses.replace(CALM, synthetic=ON, image=OFF, feature=OFF)
+    gradient, batch = supervised_gradient(objective(config, d, Batches(2, 2, 2), REGIONS), d)
+    known = batch.mask[:, None].expand_as(gradient)
+    assert known[:2].all() and not known[2:].all(), "exemplar views are known altogether, synthetic ones near their organs"
+    assert torch.equal(gradient != 0, known)
+    assert torch.equal((gradient < 0) & known, REGIONS.target(batch.labels) & known)
+    assert all(region.any() for region in REGIONS.masks(REGIONS.target(batch.labels)))
+
+
+@DIMENSIONS
+@pytest.mark.parametrize("space", [CLASSES, REGIONS])
+@pytest.mark.parametrize("dice_weight", [0.0, 1.0])
+def test_what_is_not_annotated_gets_no_gradient(d: int, space: LabelSpace, dice_weight: float) -> None:
+    """The patch is the whole exemplar, of which one half is not annotated."""
+    label = exemplar(d)
+    label[..., 8:] = -1
+    config = dataclasses.replace(CALM, image=OFF, feature=OFF, dice_weight=dice_weight)
+    gradient, batch = supervised_gradient(objective(config, d, Batches(2, 0, 0), space, label, size=12), d)
+    touched = gradient.abs().sum(1) > 0
+    assert torch.equal(touched, (label >= 0).expand_as(touched))
+    assert set(batch.labels[batch.mask].unique().tolist()) == {0, 1, 2}
 
 
 # what is asked of the networks
@@ -353,13 +447,13 @@ def real_networks(d: int, members: int) -> MutualNetworks:
 
 @DIMENSIONS
 @pytest.mark.parametrize("term", ["supervised", "synthetic", "image", "feature"])
-@pytest.mark.parametrize("members", [1, 2])
-def test_every_term_reaches_every_member(d: int, term: str, members: int) -> None:
+@pytest.mark.parametrize(("members", "space"), [(1, CLASSES), (2, CLASSES), (2, REGIONS)])
+def test_every_term_reaches_every_member(d: int, term: str, members: int, space: LabelSpace) -> None:
     off = TermConfig(weight=0.0)
     weights = {"supervised": off, "synthetic": off, "image": off, "feature": off, term: ON}
     config = dataclasses.replace(CMEMSConfig(), num_members=members, tau=0.0, **weights)
     network = real_networks(d, members)
-    step = objective(config, d)(network, torch.randn(2, 1, *[SIZE] * d), 1.0)
+    step = objective(config, d, space=space)(network, torch.randn(2, 1, *[SIZE] * d), 1.0)
     assert torch.isfinite(step.total) and step.total > 0
     step.total.backward()
     for member in network.members:
@@ -434,17 +528,33 @@ def test_coverage_and_agreement() -> None:
             p[0, :, y, x] = (1 - confidence) / 2
             p[0, k, y, x] = confidence
         probabilities.append(p)
-    statistics = unlabelled_statistics(probabilities, 0.75)
+    statistics = unlabelled_statistics(probabilities, 0.75, CLASSES)
     assert statistics["coverage"].tolist() == [[3, 4, 2, 3], [2, 4, 2, 3]]
     assert statistics["agreement"].tolist() == [[1, 1], [1.5, 1.5]]
-    assert set(unlabelled_statistics(probabilities[:1], 0.75)) == {"coverage"}
+    assert set(unlabelled_statistics(probabilities[:1], 0.75, CLASSES)) == {"coverage"}
 
 
 @DIMENSIONS
 def test_overlap_is_intersection_over_mean_size_for_each_foreground_class(d: int) -> None:
     a = torch.tensor([0, 1, 1, 1, 2, 0]).reshape(1, 6, *[1] * (d - 1))
     b = torch.tensor([0, 0, 1, 1, 3, 2]).reshape(1, 6, *[1] * (d - 1))
-    assert overlap(a, b, 4).tolist() == [[2, 0, 0], [2.5, 1, 0.5]]
+    assert overlap(a, b, Classes(("one", "two", "three"))).tolist() == [[2, 0, 0], [2.5, 1, 0.5]]
+
+
+def test_coverage_and_agreement_of_regions() -> None:
+    # two pixels: probabilities of the three regions, of member 0 and 1
+    said = [[[0.9, 0.9, 0.4], [0.8, 0.6, 0.1]], [[0.9, 0.1, 0.6], [0.3, 0.7, 0.1]]]
+    probabilities = [torch.tensor(pixels).T.reshape(1, 3, 1, 2) for pixels in said]
+    statistics = unlabelled_statistics(probabilities, 0.75, REGIONS)
+    assert statistics["coverage"].tolist() == [[4, 6, 3, 4], [3, 6, 1, 3]]
+    assert statistics["agreement"].tolist() == [[1, 1, 0], [1.5, 1.5, 0.5]]
+
+
+@DIMENSIONS
+def test_overlap_of_regions(d: int) -> None:
+    a = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]]).bool().reshape(1, 3, 4, *[1] * (d - 1))
+    b = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).bool().reshape(1, 3, 4, *[1] * (d - 1))
+    assert overlap(a, b, REGIONS).tolist() == [[2, 0, 1], [2.5, 1, 1.5]]
 
 
 def test_statistics_of_a_step_are_those_of_its_weak_views() -> None:

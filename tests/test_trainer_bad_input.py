@@ -101,12 +101,6 @@ def test_no_unlabelled_case_is_left(workspace: Workspace) -> None:
     assert workspace.train(nnUNetTrainerCMEMS_exemplarOnly).current_epoch == 1
 
 
-def test_no_validation_case(workspace: Workspace) -> None:
-    (workspace.base / "splits_final.json").write_text(json.dumps([{"train": TRAINING, "val": []}]))
-    message = refusal(workspace.train)
-    assert "fold 0" in message and "validation" in message
-
-
 # ------------------------------------------------------------------ preprocessed files
 
 
@@ -250,30 +244,13 @@ def test_config_file_of_the_variable_that_does_not_exist(workspace: Workspace, m
 # ------------------------------------------------------------------ what does not work yet
 
 
-def with_regions(workspace: Workspace) -> dict[str, Any]:
-    labels = {"background": 0, "heart": [1, 2, 3], "cavities": [2, 3], "right cavity": 3}
-    return {"dataset_json": {**workspace.dataset_json(), "labels": labels, "regions_class_order": [1, 2, 3]}}
-
-
-def with_an_ignore_label(workspace: Workspace) -> dict[str, Any]:
-    content = workspace.dataset_json()
-    return {"dataset_json": {**content, "labels": {**content["labels"], "ignore": 4}}}
-
-
-def in_three_dimensions(workspace: Workspace) -> dict[str, Any]:
-    return {"configuration": "3d_fullres"}
-
-
 def as_second_stage(workspace: Workspace) -> dict[str, Any]:
     plans = workspace.plans()
     plans["configurations"][CONFIGURATION]["previous_stage"] = "2d"
     return {"plans": plans}
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [(with_regions, "regions"), (with_an_ignore_label, "ignore label"), (in_three_dimensions, "3D"), (as_second_stage, "cascade")],
-)
+@pytest.mark.parametrize(("kind", "said"), [(as_second_stage, "cascade")])
 def test_what_does_not_work_yet_is_refused_at_once(workspace: Workspace, kind: Callable[[Workspace], dict[str, Any]], said: str) -> None:
     message = refusal(lambda: workspace.make(**kind(workspace)))
     assert said in message and "nnUNetTrainerCMEMS" in message

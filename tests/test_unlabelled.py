@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def coordinates(case: int, shape: tuple[int, int, int] = (3, 12, 14)) -> np.ndar
 
 
 def test_batches(dataset: PreprocessedDataset) -> None:
-    loader = UnlabelledLoader(CASES, dataset, 3, (40, 44), (32, 32))
+    loader = UnlabelledLoader(dict.fromkeys(CASES, dataset), 3, (40, 44), (32, 32))
     batch = next(loader)
     assert set(batch) == {"data", "offset"}
     assert batch["offset"].shape == (3, 2) and batch["offset"].dtype == torch.float32
@@ -52,7 +53,7 @@ def test_crops_cover_every_case_slice_and_place(workspace: Workspace, dataset: P
     for number, case in enumerate(CASES[:2]):
         workspace.set_image(case, coordinates(number))
     np.random.seed(0)
-    loader = UnlabelledLoader(CASES[:2], dataset, 50, (10, 9), (8, 8))
+    loader = UnlabelledLoader(dict.fromkeys(CASES[:2], dataset), 50, (10, 9), (8, 8))
     batches = [next(loader) for _ in range(4)]
     crops, offsets = (torch.cat([batch[key] for batch in batches]).numpy() for key in ("data", "offset"))
     places = set()
@@ -72,7 +73,7 @@ def test_crops_cover_every_case_slice_and_place(workspace: Workspace, dataset: P
 
 def test_image_smaller_than_the_patch_is_padded_around_its_centre(workspace: Workspace, dataset: PreprocessedDataset) -> None:
     workspace.set_image(CASES[0], coordinates(0, (1, 4, 6)))
-    batch = next(UnlabelledLoader(CASES[:1], dataset, 1, (12, 12), (8, 8)))
+    batch = next(UnlabelledLoader(dict.fromkeys(CASES[:1], dataset), 1, (12, 12), (8, 8)))
     crop = batch["data"][0, 0].numpy()
     assert batch["offset"].tolist() == [[0.0, 0.0]]
     expected = np.zeros((12, 12), np.float32)
@@ -80,8 +81,37 @@ def test_image_smaller_than_the_patch_is_padded_around_its_centre(workspace: Wor
     assert np.array_equal(crop, expected)
 
 
+def test_volumes(workspace: Workspace, dataset: PreprocessedDataset) -> None:
+    for number, case in enumerate(CASES[:2]):
+        workspace.set_image(case, coordinates(number, (5, 12, 14)))
+    np.random.seed(0)
+    batch = next(UnlabelledLoader(dict.fromkeys(CASES[:2], dataset), 60, (4, 10, 9), (2, 8, 8)))
+    assert batch["data"].shape == (60, 2, 4, 10, 9) and batch["offset"].shape == (60, 3)
+    slices = set()
+    for crop, offset in zip(batch["data"].numpy(), batch["offset"].tolist(), strict=True):
+        inner = crop[0, 1:3, 1:9, 0:8]
+        assert np.array_equal(crop[1], -crop[0]) and (inner > 0).all()
+        assert np.array_equal(inner[1] - inner[0], np.full((8, 8), 10_000))
+        place = int(inner[0, 0, 0]) - 1
+        assert offset[0] == place // 10_000 % 10 + 1 - 2.5
+        slices.add(place // 10_000 % 10)
+    assert slices == set(range(5 - 2 + 1))
+
+
+def test_each_case_is_read_from_its_own_folder(workspace: Workspace, dataset: PreprocessedDataset) -> None:
+    other = workspace.images.with_name(workspace.images.name + "_unlabelled")
+    other.mkdir()
+    for suffix in (".b2nd", ".pkl"):
+        (workspace.images / (CASES[0] + suffix)).rename(other / ("scan" + suffix))
+    batch = next(UnlabelledLoader({"scan": dataclasses.replace(dataset, folder=str(other))}, 2, (36, 36), (32, 32)))
+    assert batch["data"].shape == (2, 1, 36, 36)
+    (other / "scan.b2nd").write_bytes(b"no image")
+    error = next(UnlabelledLoader({"scan": dataclasses.replace(dataset, folder=str(other))}, 2, (36, 36), (32, 32)))["error"]
+    assert str(other / "scan.b2nd") in error and "nnUNetv2_cmems plan_and_preprocess" in error
+
+
 def test_draws_follow_numpys_seed(dataset: PreprocessedDataset) -> None:
-    loader = UnlabelledLoader(CASES, dataset, 4, (36, 36), (32, 32))
+    loader = UnlabelledLoader(dict.fromkeys(CASES, dataset), 4, (36, 36), (32, 32))
     drawn = []
     for seed in (3, 3, 4):
         np.random.seed(seed)
@@ -91,7 +121,7 @@ def test_draws_follow_numpys_seed(dataset: PreprocessedDataset) -> None:
 
 def test_loader_can_be_sent_to_a_worker(dataset: PreprocessedDataset) -> None:
     """Spawned workers get it by pickle."""
-    loader = UnlabelledLoader(CASES, dataset, 2, (36, 36), (32, 32))
+    loader = UnlabelledLoader(dict.fromkeys(CASES, dataset), 2, (36, 36), (32, 32))
     sent = pickle.loads(pickle.dumps(loader))
     batches = []
     for one in (loader, sent):
@@ -102,7 +132,7 @@ def test_loader_can_be_sent_to_a_worker(dataset: PreprocessedDataset) -> None:
 
 def test_stored_images_stay_as_they_are(workspace: Workspace, dataset: PreprocessedDataset) -> None:
     before = {path.name: path.read_bytes() for path in workspace.images.iterdir()}
-    batch = next(UnlabelledLoader(CASES, dataset, 8, (36, 36), (32, 32)))["data"]
+    batch = next(UnlabelledLoader(dict.fromkeys(CASES, dataset), 8, (36, 36), (32, 32)))["data"]
     batch += 1
     assert {path.name: path.read_bytes() for path in workspace.images.iterdir()} == before
 
@@ -119,7 +149,7 @@ def test_unusable_image_is_named_in_a_sentence(workspace: Workspace, dataset: Pr
         image = workspace.image(CASES[0])
         image[:, :, 18, 18] = np.nan if kind == "nan" else np.inf  # within every crop
         workspace.set_image(CASES[0], image)
-    batch = next(UnlabelledLoader(CASES[:1], dataset, 2, (36, 36), (32, 32)))
+    batch = next(UnlabelledLoader(dict.fromkeys(CASES[:1], dataset), 2, (36, 36), (32, 32)))
     assert set(batch) == {"error"}
     assert str(path) in batch["error"] and "nnUNetv2_preprocess" in batch["error"] and "\n" not in batch["error"]
     assert ("NaN or infinite" in batch["error"]) == (kind in ("nan", "infinite"))
@@ -134,7 +164,7 @@ def test_numpy_data_sets_are_read_too(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", coordinates(2))
     assert image_path("a", dataset).endswith("a.npy")
     assert np.array_equal(open_image("a", dataset), coordinates(2))
-    crops = next(UnlabelledLoader(["a"], dataset, 2, (8, 8), (8, 8)))["data"]
+    crops = next(UnlabelledLoader(dict.fromkeys(["a"], dataset), 2, (8, 8), (8, 8)))["data"]
     assert (crops[:, 0] > 200_000).all()
 
 

@@ -23,7 +23,7 @@ class LabelValues:
     """The values that a mask may have.
 
     Attributes:
-        names: the name of each value, background included; a value that only regions name goes by theirs.
+        names: the name of each value, background included; a value of several regions goes by the smallest one's.
         ignore: the value that means "not annotated", or None where ``dataset.json`` names none.
     """
 
@@ -35,7 +35,8 @@ class LabelValues:
         """As ``dataset.json`` names them."""
         names: dict[int, str] = {}
         ignore = None
-        for name, values in dataset_json["labels"].items():
+        by_size = sorted(dataset_json["labels"].items(), key=lambda item: len(item[1]) if isinstance(item[1], (list, tuple)) else 1)
+        for name, values in by_size:  # the smallest region names a value
             if name == "ignore":
                 ignore = int(values)
                 continue
@@ -131,7 +132,8 @@ def _check_values(found: np.ndarray, values: LabelValues, path: str) -> None:
         )
     some = ", ".join(f"{v:g}" for v in unknown[:5])
     raise CMEMSError(
-        f"{path} has the value{'s' if len(unknown) > 1 else ''} {some}, which dataset.json does not name (it names {known}); correct the mask, or name the value in dataset.json."
+        f"{path} has the value{'s' if len(unknown) > 1 else ''} {some}, which dataset.json does not name "
+        f"(it names {known}); correct the mask, or name the value in dataset.json."
     )
 
 

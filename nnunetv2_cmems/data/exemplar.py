@@ -1,8 +1,9 @@
-"""The annotated slices: found in nnU-Net's preprocessed folder, loaded, or chosen.
+"""The annotated slices and volumes: found in nnU-Net's preprocessed folder, loaded, or chosen.
 
 A user names a slice by its place in the RAW image. nnU-Net's 2D preprocessing transposes the image,
 crops it to its nonzero part and resamples within slices only, so a raw slice lands on exactly one
 preprocessed slice; this module does that arithmetic and says in one sentence when it cannot be done.
+In 3D a slice keeps its native labels, see :mod:`nnunetv2_cmems.data.planes`.
 
 "Raw image" is the image as the data set's nnU-Net reader delivers it. That is the file's own voxel
 order, except for nnU-Net's ``...WithReorient`` readers, which turn the image to a standard
@@ -15,6 +16,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,94 +27,132 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.nn import functional
 
 from nnunetv2_cmems.config import ExemplarSpec
+from nnunetv2_cmems.data.annotation import AXES, LabelValues, complete_plane
+from nnunetv2_cmems.data.planes import annotated_slices, annotation_of, native_plane
 from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.method.planes import AnnotatedPlane
 
 Class = int | tuple[int, ...]
 """A foreground class: a label, or the labels of a region in region-based training."""
 
-_AXES = "zyx"  # nnU-Net's readers deliver arrays in this order
 _SIDE = 32  # side of the thumbnails that slices are compared by
 _AGAIN = "run nnUNetv2_preprocess again"
 
 
 @dataclass(frozen=True)
 class PreprocessedDataset:
-    """What has to be known about a folder of preprocessed 2D cases.
+    """What has to be known about a folder of preprocessed cases.
 
     Attributes:
         folder: the configuration's preprocessed folder.
         dataset_class: the nnU-Net data set class that reads it (``infer_dataset_class(folder)``).
         transpose_forward: the plans' transposition of the raw (z, y, x) array.
         class_names: the foreground classes and how the user calls them.
+        labels: the values that a mask may have.
+        file_ending: of the raw masks.
+        reader: makes nnU-Net's reader of the raw masks.
+        dimensions: 2 or 3, of the configuration.
     """
 
     folder: str
     dataset_class: type[nnUNetBaseDataset]
     transpose_forward: tuple[int, ...]
     class_names: Mapping[Class, str]
+    labels: LabelValues = LabelValues({}, None)
+    file_ending: str = ".nii.gz"
+    reader: Any = None
+    dimensions: int = 2
 
     @classmethod
     def from_plans(
-        cls, folder: str, dataset_class: type[nnUNetBaseDataset], plans_manager: PlansManager, dataset_json: dict[str, Any]
+        cls,
+        folder: str,
+        dataset_class: type[nnUNetBaseDataset],
+        plans_manager: PlansManager,
+        dataset_json: dict[str, Any],
+        dimensions: int = 2,
     ) -> PreprocessedDataset:
         """The data set as nnU-Net's plans and ``dataset.json`` describe it."""
         manager = plans_manager.get_label_manager(dataset_json)
         foreground = {_as_class(c) for c in (manager.foreground_regions if manager.has_regions else manager.foreground_labels)}
         names = {_as_class(value): name for name, value in dataset_json["labels"].items()}
+        if not manager.has_regions:  # nnU-Net takes [1] for 1
+            names = {c[0] if isinstance(c, tuple) else c: name for c, name in names.items()}
         return cls(
             folder=folder,
             dataset_class=dataset_class,
             transpose_forward=tuple(int(axis) for axis in plans_manager.transpose_forward),
             class_names={c: name for c, name in names.items() if c in foreground},
+            labels=LabelValues.of(dataset_json),
+            file_ending=dataset_json.get("file_ending", ".nii.gz"),
+            reader=plans_manager.image_reader_writer_class,
+            dimensions=dimensions,
         )
 
     @property
     def slice_axis(self) -> str:
         """The raw image's axis (``"x"``, ``"y"`` or ``"z"``) that 2D slices are counted along."""
-        return _AXES[self.transpose_forward[0]]
+        return AXES[self.transpose_forward[0]]
 
 
 @dataclass(frozen=True)
 class Exemplar:
-    """One annotated slice, preprocessed.
+    """One annotated slice or volume, preprocessed.
 
     Attributes:
         case: the case identifier.
         axis: the raw image's voxel axis (``"x"``, ``"y"``, ``"z"``) that ``slice`` is an index of;
-            x is the first axis of a NIfTI file, z the last.
-        slice: zero-based index in the RAW image along ``axis``.
-        index: index along axis 1 of the preprocessed array (C, Z, Y, X).
-        image: float32 (C, Y, X), the whole preprocessed slice.
-        label: int16 (Y, X). nnU-Net's -1, "outside of the nonzero mask", is turned into 0; an
-            ignore label is kept.
+            x is the first axis of a NIfTI file, z the last. None for a volume.
+        slice: zero-based index in the RAW image along ``axis``; None for a volume.
+        index: index along axis 1 of the preprocessed array (C, Z, Y, X); None in 3D.
+        image: float32, preprocessed: (C, Y, X), the whole slice; in 3D (C, Z, Y, X), the whole volume.
+        label: int16 (Y, X); in 3D (Z, Y, X). nnU-Net's -1, "outside of the nonzero mask", is turned into 0;
+            -1 is what is not annotated. For a slice of a volume the slice's native labels.
+        plane: in 3D, where only a slice is annotated, where it lies.
     """
 
     case: str
-    axis: str
-    slice: int
-    index: int
+    axis: str | None
+    slice: int | None
+    index: int | None
     image: np.ndarray
     label: np.ndarray
+    plane: AnnotatedPlane | None = None
 
     @property
     def spec(self) -> ExemplarSpec:
         """The slice as a user would name it."""
         return ExemplarSpec(case=self.case, slice=self.slice, axis=self.axis)  # type: ignore[arg-type]
 
+    @cached_property
+    def picture(self) -> tuple[np.ndarray, np.ndarray]:
+        """A slice to look at: the first channel and the labels, both (Y, X); of a volume the slice with the largest organs."""
+        if self.image.ndim == 3:
+            return self.image[0], self.label
+        if self.plane is None:
+            z = int((self.label > 0).sum(axis=(1, 2)).argmax())
+            return self.image[0, z], self.label[z]
+        image = self.image[0].take(min(max(round(self.plane.position), 0), self.image.shape[self.plane.axis + 1] - 1), self.plane.axis)
+        rows, columns = (
+            np.clip(((np.arange(n) + 0.5) / scale - 0.5).round().astype(int), 0, size - 1)
+            for n, scale, size in zip(image.shape, self.plane.scale, self.label.shape, strict=True)
+        )
+        return image, self.label[np.ix_(rows, columns)]
+
 
 def load_exemplars(
     specs: Sequence[ExemplarSpec], cases: Sequence[str], dataset: PreprocessedDataset, allow_missing_classes: bool = False
 ) -> list[Exemplar]:
-    """Load the annotated slices that the user named.
+    """Load the annotated slices or volumes that the user named.
 
     Args:
-        specs: the slices, by their place in the raw images.
+        specs: the slices, by their place in the raw images; where one names only a case, all that is annotated of it.
         cases: the fold's training cases. Only these may be exemplars.
         dataset: the preprocessed folder.
         allow_missing_classes: go on when the slices together lack a class.
 
     Returns:
-        One exemplar per spec, in the same order.
+        One exemplar per slice or volume, in the same order.
 
     Raises:
         CMEMSError: a case is not preprocessed or not a training case; a slice is cut along another
@@ -124,34 +164,54 @@ def load_exemplars(
     exemplars: list[Exemplar] = []
     for spec in specs:
         _check_case(spec.case, cases, dataset)
-        index = preprocessed_index(spec, read_properties(spec.case, dataset), dataset)
-        if any(e.case == spec.case and e.index == index for e in exemplars):
-            raise CMEMSError(f"Slice {spec.slice} of case '{spec.case}' is named twice as an exemplar; name it once.")
-        exemplars.append(_load(spec, index, dataset))
+        for exemplar in _load_volume(spec, dataset) if dataset.dimensions == 3 else _load_slices(spec, dataset):
+            if any((e.case, e.axis, e.slice) == (exemplar.case, exemplar.axis, exemplar.slice) for e in exemplars):
+                raise CMEMSError(f"{_say(exemplar.spec).capitalize()} is named twice as an exemplar; name it once.")
+            exemplars.append(exemplar)
     shown = np.unique(np.concatenate([np.unique(exemplar.label) for exemplar in exemplars]))
     missing = [name for c, name in dataset.class_names.items() if not np.isin(_labels_of(c), shown).any()]
     if missing and not allow_missing_classes:
         what = "The exemplar lacks" if len(exemplars) == 1 else f"The {len(exemplars)} exemplars together lack"
+        some = ", ".join(_say(e.spec) for e in exemplars[:5]) + (" and others" if len(exemplars) > 5 else "")
         raise CMEMSError(
-            f"{what} {_enumerate(missing)} ({', '.join(_say(e.spec) for e in exemplars)}); name a slice that shows it, add one, "
+            f"{what} {_enumerate(missing)} ({some}); name a slice that shows it, add one, "
             "or set 'allow_missing_classes' to true."
         )
     return exemplars
 
 
+def list_annotated(cases: Sequence[str], dataset: PreprocessedDataset) -> list[ExemplarSpec]:
+    """Everything that is annotated in some cases: volumes and slices in 3D, slices in 2D; sorted.
+
+    Raises:
+        CMEMSError: a mask cannot be read or has nothing to learn from, or slices were painted along another
+            axis than a 2D configuration cuts along.
+    """
+    specs: list[ExemplarSpec] = []
+    for case in sorted(set(cases)):
+        if dataset.dimensions == 3:
+            annotation = annotation_of(case, dataset)
+            planes = annotation.planes
+            specs += [ExemplarSpec(case)] if planes is None else [ExemplarSpec(case, i, AXES[axis]) for axis, i in planes]  # type: ignore[arg-type]
+            continue
+        specs += _slices_of(case, dataset)
+    return specs
+
+
 def choose_exemplar(cases: Sequence[str], dataset: PreprocessedDataset, allow_missing_classes: bool = False) -> ExemplarSpec:
-    """The slice to annotate: the first of :func:`rank_exemplars`, which explains the rule."""
+    """The slice (in 3D: the volume) to annotate: the first of :func:`rank_exemplars`, which explains the rule."""
     return rank_exemplars(cases, dataset, allow_missing_classes)[0]
 
 
 def rank_exemplars(cases: Sequence[str], dataset: PreprocessedDataset, allow_missing_classes: bool = False) -> list[ExemplarSpec]:
-    """Slices worth annotating, the most typical first, one per case.
+    """Slices (in 3D: volumes) worth annotating, the most typical first, one per case.
 
     Every case that has slices with all classes offers the middle one of them, which avoids the ends
     of the organs. The offered slices are compared as small, blurred, normalised thumbnails of equal
     physical extent and ranked by their mean distance to all the others, so that the first is the
     one that looks most like everybody else's. Of the labels, only "which classes does this slice
-    show" is used, which is what a person knows who leafs through the scans to choose one.
+    show" is used, which is what a person knows who leafs through the scans to choose one. Volumes are
+    compared by their middle slices.
 
     The order is the same whenever the cases and images are the same. Further cases of a patient who
     is already in the list come after all other patients; cases belong to one patient when their
@@ -167,11 +227,11 @@ def rank_exemplars(cases: Sequence[str], dataset: PreprocessedDataset, allow_mis
             cannot be read; an image has NaN or infinite values.
     """
     offered = [_middle_one(slices) for slices in _by_case(list_candidates(cases, dataset, allow_missing_classes))]
-    sizes = [_open(spec.case, "", dataset).shape[2:] for spec in offered]
-    height, width = (int(np.median(side)) for side in zip(*sizes, strict=True))
+    sizes = [_open(spec.case, "", dataset).shape[1:] for spec in offered]
+    _, height, width = (int(np.median(side)) for side in zip(*sizes, strict=True))
     looks = []
-    for spec in offered:  # one image in memory at a time
-        index = preprocessed_index(spec, read_properties(spec.case, dataset), dataset)
+    for spec, (slices, *_) in zip(offered, sizes, strict=True):  # one image in memory at a time
+        index = slices // 2 if spec.slice is None else preprocessed_index(spec, read_properties(spec.case, dataset), dataset)
         looks.append(_look(_read_image(spec, index, dataset), height, width))
     distances = _mean_distances(torch.stack(looks))
     order = sorted(range(len(offered)), key=lambda i: (round(distances[i], 6), offered[i].case))
@@ -185,7 +245,7 @@ def rank_exemplars(cases: Sequence[str], dataset: PreprocessedDataset, allow_mis
 
 
 def list_candidates(cases: Sequence[str], dataset: PreprocessedDataset, allow_missing_classes: bool = False) -> list[ExemplarSpec]:
-    """The slices that show all classes, sorted by case and slice.
+    """The slices (in 3D: the volumes) that show all classes, sorted by case and slice.
 
     Presence is taken from the ``class_locations`` that nnU-Net keeps beside every preprocessed
     case; no label array is opened. nnU-Net samples these locations, so a slice with very few voxels
@@ -204,11 +264,11 @@ def list_candidates(cases: Sequence[str], dataset: PreprocessedDataset, allow_mi
     offsets: dict[str, int] = {}
     for case in sorted(set(cases)):
         properties = read_properties(case, dataset)
-        offsets[case] = _check_slices(case, properties, dataset)[0]
+        offsets[case] = _check_slices(case, properties, dataset)[0] if dataset.dimensions == 2 else 0
         locations = {_as_class(key): rows for key, rows in properties.get("class_locations", {}).items()}
         for c in dataset.class_names:
             rows = np.asarray(locations.get(c, ()))
-            for index in np.unique(rows[:, 1]) if rows.size else ():
+            for index in (np.unique(rows[:, 1]) if dataset.dimensions == 2 else [0]) if rows.size else ():
                 shown.setdefault((case, int(index)), set()).add(c)
     everything = set(dataset.class_names)
     most = max((len(classes) for classes in shown.values()), default=0)
@@ -223,15 +283,20 @@ def list_candidates(cases: Sequence[str], dataset: PreprocessedDataset, allow_mi
         best = [dataset.class_names[c] for c in dataset.class_names if c not in classes]
         lack = f"no training case shows {_enumerate(nowhere)}" if nowhere else (
             f"the slice that shows the most (slice {index + offsets[case]} of case '{case}') lacks {_enumerate(best)}"
+            if dataset.dimensions == 2
+            else f"the case that shows the most ('{case}') lacks {_enumerate(best)}"
         )
+        one, them = ("slice", "slice or slices") if dataset.dimensions == 2 else ("volume", "volumes")
         raise CMEMSError(
-            f"No single slice shows all classes: {lack}; name the exemplar slice or slices yourself ('exemplar' in cmems.json), "
+            f"No single {one} shows all classes: {lack}; name the exemplar {them} yourself ('exemplar' in cmems.json), "
             "or set 'allow_missing_classes' to true."
         )
+    best_places = [place for place, classes in sorted(shown.items()) if len(classes) == most]
+    if dataset.dimensions == 3:
+        return [ExemplarSpec(case) for case, _ in best_places]
     return [
         ExemplarSpec(case=case, slice=index + offsets[case], axis=dataset.slice_axis)  # type: ignore[arg-type]
-        for (case, index), classes in sorted(shown.items())
-        if len(classes) == most
+        for case, index in best_places
     ]
 
 
@@ -251,6 +316,7 @@ def preprocessed_index(spec: ExemplarSpec, properties: Mapping[str, Any], datase
             f"The exemplar of case '{spec.case}' is a slice along the {spec.axis} axis, but this data set's 2D configuration cuts its "
             f"slices along {dataset.slice_axis}; name a slice along \"{dataset.slice_axis}\"."
         )
+    assert spec.slice is not None
     first, stop = _check_slices(spec.case, properties, dataset)
     total = int(properties["shape_before_cropping"][0])
     if first <= spec.slice < stop:
@@ -289,20 +355,71 @@ def read_case_image(case: str, dataset: PreprocessedDataset) -> np.ndarray:
     return image
 
 
-def _load(spec: ExemplarSpec, index: int, dataset: PreprocessedDataset) -> Exemplar:
+def _slices_of(case: str, dataset: PreprocessedDataset) -> list[ExemplarSpec]:
+    """The annotated slices of a case that show an organ and survive nnU-Net's cropping."""
+    first, stop = _check_slices(case, read_properties(case, dataset), dataset)
+    slices = [i for i in annotated_slices(case, dataset) if first <= i < stop]
+    return [ExemplarSpec(case, i, dataset.slice_axis) for i in slices]  # type: ignore[arg-type]
+
+
+def _load_slices(spec: ExemplarSpec, dataset: PreprocessedDataset) -> list[Exemplar]:
+    if spec.slice is None:
+        return [exemplar for one in _slices_of(spec.case, dataset) for exemplar in _load_slices(one, dataset)]
+    index = preprocessed_index(spec, read_properties(spec.case, dataset), dataset)
     image = _read_image(spec, index, dataset)
-    label = _read(spec.case, "_seg", index, dataset)[0].astype(np.int16)
+    label = _read_label(spec.case, index, dataset)
+    if dataset.labels.ignore is not None:
+        label = complete_plane(label, dataset.labels.ignore)
+    _check_label(spec, image, label, dataset)
+    return [Exemplar(spec.case, dataset.slice_axis, spec.slice, index, image, _without_ignore(label, dataset))]
+
+
+def _load_volume(spec: ExemplarSpec, dataset: PreprocessedDataset) -> list[Exemplar]:
+    image = read_case_image(spec.case, dataset)
+    if spec.slice is None:
+        planes = annotation_of(spec.case, dataset).planes
+        if planes is None:
+            label = _read_label(spec.case, slice(None), dataset)
+            _check_label(spec, image, label, dataset)
+            return [Exemplar(spec.case, None, None, None, image, _without_ignore(label, dataset))]
+    else:
+        axis = AXES.index(spec.axis) if spec.axis is not None else dataset.transpose_forward[0]
+        planes = ((axis, spec.slice),)
+    properties = read_properties(spec.case, dataset)
+    exemplars = []
+    for axis, i in planes:
+        plane = native_plane(spec.case, axis, i, properties, image.shape[1:], dataset)
+        exemplar = Exemplar(spec.case, AXES[axis], i, None, image, plane.labels.numpy(), plane)
+        _check_foreground(exemplar.spec, exemplar.label, dataset)
+        exemplars.append(exemplar)
+    return exemplars
+
+
+def _read_label(case: str, index: int | slice, dataset: PreprocessedDataset) -> np.ndarray:
+    label = _read(case, "_seg", index, dataset)[0].astype(np.int16)
     label[label < 0] = 0
+    return label
+
+
+def _without_ignore(label: np.ndarray, dataset: PreprocessedDataset) -> np.ndarray:
+    return label if dataset.labels.ignore is None else np.where(label == dataset.labels.ignore, np.int16(-1), label)
+
+
+def _check_label(spec: ExemplarSpec, image: np.ndarray, label: np.ndarray, dataset: PreprocessedDataset) -> None:
     if label.shape != image.shape[1:]:
         raise CMEMSError(
             f"Image and label of case '{spec.case}' in {dataset.folder} differ in shape, {image.shape[1:]} and {label.shape}; {_AGAIN}."
         )
+    _check_foreground(spec, label, dataset)
+
+
+def _check_foreground(spec: ExemplarSpec, label: np.ndarray, dataset: PreprocessedDataset) -> None:
     if not np.isin(label, [value for c in dataset.class_names for value in _labels_of(c)]).any():
+        what, place = (f"Slice {spec.slice} of case", "a slice") if spec.slice is not None else ("Case", "a case")
         raise CMEMSError(
-            f"Slice {spec.slice} of case '{spec.case}' has no foreground in its annotation, so nothing can be learned from it; "
-            "name a slice that shows the classes (slices are counted from 0)."
+            f"{what} '{spec.case}' has no foreground in its annotation, so nothing can be learned from it; "
+            f"name {place} that shows the classes (slices are counted from 0)."
         )
-    return Exemplar(spec.case, dataset.slice_axis, spec.slice, index, image, label)
 
 
 def _read_image(spec: ExemplarSpec, index: int, dataset: PreprocessedDataset) -> np.ndarray:
@@ -330,7 +447,7 @@ def _open(case: str, suffix: str, dataset: PreprocessedDataset) -> Any:
         found = array.shape[1]
     except Exception as error:  # as above
         raise CMEMSError(f"{path} or a file beside it cannot be read ({_brief(error)}); {_AGAIN}.") from error
-    if found != slices:
+    if found != slices and dataset.dimensions == 2:
         raise CMEMSError(
             f"{path} has {found} slices where the raw image has {slices} after cropping, so slices cannot be matched; "
             "preprocess the data set with a 2D configuration (-c 2d)."
@@ -420,7 +537,7 @@ def _labels_of(c: Class) -> tuple[int, ...]:
 
 
 def _say(spec: ExemplarSpec) -> str:
-    return f"case '{spec.case}' slice {spec.slice}"
+    return f"case '{spec.case}'" if spec.slice is None else f"slice {spec.slice} of case '{spec.case}'"
 
 
 def _enumerate(names: Sequence[str]) -> str:

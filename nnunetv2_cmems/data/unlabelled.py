@@ -1,9 +1,9 @@
-"""Unlabelled images: 2D crops out of nnU-Net's preprocessed folder. No label file is opened here."""
+"""Unlabelled images: 2D and 3D crops out of nnU-Net's preprocessed folders. No label file is opened here."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import blosc2
@@ -41,7 +41,20 @@ def open_image(case: str, dataset: PreprocessedDataset) -> Any:
             return blosc2.open(urlpath=path, mode="r", dparams={"nthreads": 1}, **mmap)
         return np.load(path, mmap_mode="r") if path.endswith(".npy") else np.load(path)["data"]
     except Exception as error:  # damaged files raise nearly anything
-        raise CMEMSError(_unreadable(path, error)) from error
+        raise CMEMSError(_unreadable(path, error, dataset)) from error
+
+
+def read_image(case: str, dataset: PreprocessedDataset) -> np.ndarray:
+    """A whole preprocessed image, float32 (C, Z, Y, X).
+
+    Raises:
+        CMEMSError: the file is missing or unreadable.
+    """
+    image = open_image(case, dataset)
+    try:
+        return np.asarray(image[:], dtype=np.float32)
+    except Exception as error:  # damaged files raise nearly anything
+        raise CMEMSError(_unreadable(image_path(case, dataset), error, dataset)) from error
 
 
 def check_images(cases: Sequence[str], dataset: PreprocessedDataset, configuration: ConfigurationManager, num_channels: int) -> None:
@@ -63,7 +76,7 @@ def check_images(cases: Sequence[str], dataset: PreprocessedDataset, configurati
         if len(shape) != 4 or shape[0] != num_channels:
             raise CMEMSError(
                 f"{path} has {shape[0]} channels where dataset.json names {num_channels}; correct the data set and run "
-                "nnUNetv2_preprocess again."
+                f"{_command(dataset)} again."
             )
         properties = read_properties(case, dataset)
         before = properties["shape_after_cropping_and_before_resampling"]
@@ -74,35 +87,32 @@ def check_images(cases: Sequence[str], dataset: PreprocessedDataset, configurati
             target = " x ".join(f"{side:g}" for side in configuration.spacing)
             raise CMEMSError(
                 f"{path} has the shape {shape[1:]}, but at the plans' spacing of {target} mm it would be {expected}: it was preprocessed "
-                "for other plans; run nnUNetv2_preprocess again for this configuration."
+                f"for other plans; run {_command(dataset)} again for this configuration."
             )
 
 
 class UnlabelledLoader(DataLoader):
-    """Random 2D crops of unlabelled images.
+    """Random crops of unlabelled images.
 
-    A case is drawn uniformly, then one of its slices, then a place such that the crop's inner part of
+    A case is drawn uniformly, then (in 2D) one of its slices, then a place such that the crop's inner part of
     the final patch size lies within the image (or around its centre where the image is smaller).
 
     Args:
-        cases: the unlabelled cases.
-        dataset: the preprocessed folder.
+        cases: the unlabelled cases, and the preprocessed folder that each lies in.
         batch_size: crops a batch.
-        crop: (y, x) size of the crops, larger than ``patch`` to leave room for the deformation.
-        patch: (y, x) final patch size.
+        crop: ((z,) y, x) size of the crops, larger than ``patch`` to leave room for the deformation.
+        patch: ((z,) y, x) final patch size.
 
     Yields:
-        ``{"data": float32 (U, C, *crop), "offset": float32 (U, 2)}``, the offset of the crop's centre from the
+        ``{"data": float32 (U, C, *crop), "offset": float32 (U, d)}``, the offset of the crop's centre from the
         image's middle in voxels, or ``{"error": sentence}`` where a file cannot be read: a
         worker process cannot raise in the main one.
     """
 
-    def __init__(
-        self, cases: Sequence[str], dataset: PreprocessedDataset, batch_size: int, crop: Sequence[int], patch: Sequence[int]
-    ) -> None:
+    def __init__(self, cases: Mapping[str, PreprocessedDataset], batch_size: int, crop: Sequence[int], patch: Sequence[int]) -> None:
         super().__init__(list(cases), batch_size, 1, None, True, False, True)
         self.indices = list(cases)
-        self.dataset = dataset
+        self.cases = dict(cases)
         self.crop = tuple(int(n) for n in crop)
         self.patch = tuple(int(n) for n in patch)
 
@@ -115,24 +125,32 @@ class UnlabelledLoader(DataLoader):
                 return {"error": str(error)}
 
     def _crop(self, case: str) -> tuple[np.ndarray, list[float]]:
-        image = open_image(case, self.dataset)
-        z = np.random.randint(image.shape[1])
-        box = [[z, z + 1]]
+        dataset = self.cases[case]
+        image = open_image(case, dataset)
+        flat = len(self.patch) == 2
+        z = np.random.randint(image.shape[1]) if flat else 0
+        box = [[z, z + 1]] if flat else []
         offset = []
-        for size, inner, outer in zip(image.shape[2:], self.patch, self.crop):
+        for size, inner, outer in zip(image.shape[1 + len(box) :], self.patch, self.crop):
             first = np.random.randint(size - inner + 1) if size > inner else (size - inner) // 2
             offset.append(first + inner / 2 - size / 2)
             first -= (outer - inner) // 2
             box.append([first, first + outer])
         try:
-            crop = crop_and_pad_nd(image, box, 0)[:, 0].astype(np.float32)
+            crop = crop_and_pad_nd(image, box, 0).astype(np.float32)
         except Exception as error:
-            raise CMEMSError(_unreadable(image_path(case, self.dataset), error)) from error
+            raise CMEMSError(_unreadable(image_path(case, dataset), error, dataset)) from error
+        crop = crop[:, 0] if flat else crop
         if not np.isfinite(crop).all():
-            path = image_path(case, self.dataset)
-            raise CMEMSError(f"{path} has NaN or infinite values; repair the scan and run nnUNetv2_preprocess again.")
+            path = image_path(case, dataset)
+            raise CMEMSError(f"{path} has NaN or infinite values; repair the scan and run {_command(dataset)} again.")
         return crop, offset
 
 
-def _unreadable(path: str, error: Exception) -> str:
-    return f"{path} cannot be read ({first_line(error)}); run nnUNetv2_preprocess again."
+def _unreadable(path: str, error: Exception, dataset: PreprocessedDataset) -> str:
+    return f"{path} cannot be read ({first_line(error)}); run {_command(dataset)} again."
+
+
+def _command(dataset: PreprocessedDataset) -> str:
+    """What makes the files of a folder."""
+    return "nnUNetv2_cmems plan_and_preprocess" if dataset.folder.endswith("_unlabelled") else "nnUNetv2_preprocess"

@@ -6,7 +6,10 @@ therefore not be found again when a spawned worker unpickles it. Keep this folde
 """
 
 try:
+    from nnunetv2_cmems.errors import show_errors_as_sentences
     from nnunetv2_cmems.trainers import *  # noqa: F403
+
+    show_errors_as_sentences()  # also for what nnU-Net misses before it makes a trainer
 except ModuleNotFoundError as error:
     # The variable can reach a Python that lacks this package, such as that of another environment
     # started from ours. Its own trainers must still be found.

@@ -11,7 +11,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from nnunetv2_cmems.config import SpatialConfig
-from nnunetv2_cmems.method.perturbations import deform, draw_deformation
+from nnunetv2_cmems.method.perturbations import Deformation, deform, draw_deformation, read_from
+from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
 
 UNDEFORMED = SpatialConfig(probability=0.0, elastic=0.0)
 _MOST_GROUPS = 16
@@ -28,6 +29,7 @@ class ExemplarCrops(NamedTuple):
         backgrounds: (B, C, *patch) crops of the inpainted exemplars.
         num_groups: the largest number in ``groups`` over all exemplars.
         near: (B, *patch) bool, the surroundings of organs, also of those just outside of the crop.
+        known: (B, *patch) bool, what is annotated; None: all of it.
     """
 
     images: Tensor
@@ -36,6 +38,7 @@ class ExemplarCrops(NamedTuple):
     backgrounds: Tensor
     num_groups: int
     near: Tensor | None = None
+    known: Tensor | None = None
 
 
 def organ_groups(label: Tensor) -> Tensor:
@@ -63,34 +66,78 @@ class ExemplarBank:
 
     Args:
         images: one (C, *spatial) image per exemplar.
-        labels: one (*spatial) label map of class indices per exemplar.
+        labels: per exemplar one (*spatial) label map of class indices, negative where it is not annotated; or, for
+            a volume of which only slices are annotated, the list of these.
         patch: size of the crops in voxels.
         device: where they are kept and drawn.
         reach: how far, in voxels, the surroundings of an organ go.
+        spacing: the voxels' sides in mm; None: cubes.
     """
 
     def __init__(
-        self, images: Sequence[Tensor], labels: Sequence[Tensor], patch: Sequence[int], device: torch.device, reach: int = 0
+        self,
+        images: Sequence[Tensor],
+        labels: Sequence[Tensor | Sequence[AnnotatedPlane]],
+        patch: Sequence[int],
+        device: torch.device,
+        reach: int = 0,
+        spacing: Sequence[float] | None = None,
     ) -> None:
-        from nnunetv2_cmems.method.synthesis import dilate, inpaint
-
         self.patch = tuple(patch)
         self.device = device
+        self.spacing = spacing
         self.channels = len(images[0])
-        self.labels = [label.long() for label in labels]
-        groups = [organ_groups(label) for label in self.labels]
-        self.num_groups = max(int(group.max()) for group in groups)
-        self._sources = []
-        self._centres = []
-        for image, label, group in zip(images, self.labels, groups):
-            filled = inpaint(image[None].float(), dilate(label[None, None] > 0, 2))[0]
-            near = dilate(label[None, None] > 0, reach)[0]
-            maps = torch.stack([label, group, near[0]]).float()
-            self._sources.append(torch.cat([image.float(), filled, maps])[None].to(device))
-            self._centres.append(self._foreground_centres(label).to(device))
+        self.labels: list[Tensor] = []
+        self.num_groups = 1
+        self._sources: list[_Source] = []
+        self._whole: list[int] = []
+        for i, (image, label) in enumerate(zip(images, labels)):
+            if isinstance(label, Tensor):
+                self._sources.append(self._whole_source(image.float(), label.long(), reach))
+                self._whole.append(i)
+            else:
+                self._sources.append(self._sliced_source(image.float(), label))
+
+    @property
+    def shows_whole_organs(self) -> bool:
+        """Whether any exemplar is more than slices of a volume, so that organs can be cut out of it."""
+        return bool(self._whole)
+
+    def _whole_source(self, image: Tensor, label: Tensor, reach: int) -> _Source:
+        from nnunetv2_cmems.method.synthesis import dilate, inpaint
+
+        self.labels.append(label)
+        shown = label.clamp_min(0)
+        groups = organ_groups(shown)
+        self.num_groups = max(self.num_groups, int(groups.max()))
+        filled = inpaint(image[None], dilate(shown[None, None] > 0, 2))[0]
+        near = dilate(shown[None, None] > 0, reach)[0]
+        maps = torch.stack([shown, groups, near[0], label < 0]).float()  # beyond the image all are 0: known background
+        content = torch.cat([image, filled, maps])[None].to(self.device)
+        return _Source(content, (), self._centres([(shown == k).nonzero().float() for k in _classes(shown)]))
+
+    def _sliced_source(self, image: Tensor, planes: Sequence[AnnotatedPlane]) -> _Source:
+        self.labels += [plane.labels for plane in planes]
+        here = tuple(plane._replace(labels=plane.labels.to(self.device)) for plane in planes)
+        classes = sorted({k for plane in planes for k in _classes(plane.labels)})
+        places = [torch.cat([plane.places(k) for plane in planes]) for k in classes]
+        background = torch.cat([plane.places(0) for plane in planes])
+        anywhere = self._centres([background if len(background) else torch.cat(places)])
+        return _Source(image[None].to(self.device), here, self._centres(places), anywhere)
+
+    def draw_deformation(self, batch: int, config: SpatialConfig) -> Deformation:
+        """A random deformation of ``batch`` crops."""
+        return draw_deformation(batch, self.patch, config, self.device, self.spacing)
 
     def draw(
-        self, batch: int, config: SpatialConfig, foreground: float, *, offsets: Tensor | None = None, placed: Tensor | None = None
+        self,
+        batch: int,
+        config: SpatialConfig,
+        foreground: float,
+        *,
+        offsets: Tensor | None = None,
+        placed: Tensor | None = None,
+        whole: bool = False,
     ) -> ExemplarCrops:
         """Random crops, each of a random exemplar.
 
@@ -98,11 +145,14 @@ class ExemplarBank:
             batch: number of crops B.
             config: their deformation; image, label and background are deformed alike.
             foreground: probability that a crop is centred on a foreground voxel (classes with equal
-                probability); otherwise its position is uniform.
+                probability); otherwise its position is uniform, or, where only slices are annotated, uniform
+                on the background of these.
             offsets: (B, d) distances in voxels from the exemplar's middle, where ``placed`` is True.
             placed: (B,) bool, which crops are centred at ``offsets`` instead of a random place.
+            whole: only of exemplars that show whole organs.
         """
-        chosen = sorted(random.randrange(len(self._sources)) for _ in range(batch))
+        candidates = self._whole if whole else range(len(self._sources))
+        chosen = sorted(random.choice(candidates) for _ in range(batch))
         parts = []
         for i in sorted(set(chosen)):
             part = slice(chosen.index(i), chosen.index(i) + chosen.count(i))
@@ -113,21 +163,29 @@ class ExemplarBank:
             parts.append(self._crops(i, centres, config))
         smooth, exact = (torch.cat(part) for part in zip(*parts))
         c = self.channels
-        labels, groups, near = exact.unbind(1)
-        return ExemplarCrops(smooth[:, :c], labels.long(), groups.long(), smooth[:, c:], self.num_groups, near > 0)
+        labels, groups, near, unknown = exact.unbind(1)
+        return ExemplarCrops(smooth[:, :c], labels.long(), groups.long(), smooth[:, c:], self.num_groups, near > 0, unknown == 0)
 
     def _crops(self, i: int, centres: Tensor, config: SpatialConfig) -> tuple[Tensor, Tensor]:
         source = self._sources[i]
-        deformation = draw_deformation(len(centres), self.patch, config, self.device)
-        smooth = deform(source[:, :-3], deformation, centres)
-        return smooth, deform(source[:, -3:], deformation, centres, nearest=True)
+        deformation = self.draw_deformation(len(centres), config)
+        if source.planes:
+            image = deform(source.content, deformation, centres)
+            labels = look_up(source.planes, read_from(deformation, centres))
+            shown, nothing = labels.clamp_min(0), torch.zeros_like(labels)
+            return torch.cat([image, image], 1), torch.stack([shown, (shown > 0).long(), nothing, (labels < 0).long()], 1).float()
+        smooth = deform(source.content[:, :-4], deformation, centres)
+        return smooth, deform(source.content[:, -4:], deformation, centres, nearest=True)
 
     def _draw_centres(self, i: int, batch: int, foreground: float) -> Tensor:
         half = torch.tensor(self.patch, dtype=torch.float32, device=self.device) / 2
         last, middle = 2 * self._middle(i), self._on_voxels(self._middle(i))
         low, high = torch.minimum(half - 0.5, middle), torch.maximum(last + 0.5 - half, middle)
+        source = self._sources[i]
         anywhere = low + (high - low) * torch.rand(batch, len(self.patch), device=self.device)
-        known = self._centres[i][torch.randint(_CENTRES, (batch,), device=self.device)]
+        if source.anywhere is not None:
+            anywhere = source.anywhere[torch.randint(_CENTRES, (batch,), device=self.device)]
+        known = source.centres[torch.randint(_CENTRES, (batch,), device=self.device)]
         wanted = torch.where(torch.rand(batch, 1, device=self.device) < foreground, known, anywhere)
         return torch.minimum(torch.maximum(self._on_voxels(wanted), low), high)
 
@@ -137,16 +195,34 @@ class ExemplarBank:
         return (centres - half).round() + half
 
     def _middle(self, i: int) -> Tensor:
-        return (torch.tensor(self._sources[i].shape[2:], dtype=torch.float32, device=self.device) - 1) / 2
+        return (torch.tensor(self._sources[i].content.shape[2:], dtype=torch.float32, device=self.device) - 1) / 2
 
-    @staticmethod
-    def _foreground_centres(label: Tensor) -> Tensor:
-        """(4096, d) coordinates of foreground voxels, every class equally often."""
-        classes = [k for k in label.unique().tolist() if k > 0]
+    def _centres(self, places: Sequence[Tensor]) -> Tensor:
+        """(4096, d) of the (N, d) coordinates, each list equally often."""
         generator = torch.Generator().manual_seed(0)
         picked = []
-        for n, k in enumerate(classes):
-            places = (label == k).nonzero()
-            count = _CENTRES * (n + 1) // len(classes) - _CENTRES * n // len(classes)
-            picked.append(places[torch.randint(len(places), (count,), generator=generator)])
-        return torch.cat(picked).float()
+        for n, coordinates in enumerate(places):
+            count = _CENTRES * (n + 1) // len(places) - _CENTRES * n // len(places)
+            picked.append(coordinates[torch.randint(len(coordinates), (count,), generator=generator)])
+        return torch.cat(picked).float().to(self.device)
+
+
+class _Source(NamedTuple):
+    """One exemplar on the device.
+
+    Attributes:
+        content: (1, C', *spatial): the image; where whole organs are annotated, also the image without them and
+            the maps of labels, groups, surroundings and of what is unknown.
+        planes: the annotated slices, where only these are.
+        centres: (4096, d) coordinates of foreground voxels, every class equally often.
+        anywhere: (4096, d) coordinates of background, where only slices are annotated.
+    """
+
+    content: Tensor
+    planes: tuple[AnnotatedPlane, ...]
+    centres: Tensor
+    anywhere: Tensor | None = None
+
+
+def _classes(label: Tensor) -> list[int]:
+    return [k for k in label.unique().tolist() if k > 0]

@@ -49,11 +49,14 @@ def segmentation_loss(
     With the exemplar's labels this is the supervised loss; with the other member's pseudo-labels and
     its confidence mask it is the consistency term (paper, section 3).
 
+    Target and weights are those of a :class:`~nnunetv2_cmems.method.label_space.LabelSpace`: class
+    indices make it a softmax over the heads, maps of 0 and 1 per region a sigmoid for each head.
+
     Args:
         scales: logits (B, K, *spatial_s), the finest resolution first.
-        target: (B, *spatial) class indices at the finest resolution.
-        mask: (B, *spatial) bool, the pixels that count; None: all.
-        weights: (K,) class weights of the cross-entropy.
+        target: (B, *spatial) class indices, or (B, K, *spatial) bool for K regions, at the finest resolution.
+        mask: (B, *spatial) bool, the pixels that count, or (B, K, *spatial), those that count for each region; None: all.
+        weights: (K,) class weights of the cross-entropy, or (K, 2) for the outside and the inside of each region.
         dice_weight: weight of the Dice loss beside the cross-entropy.
         over_all_pixels: divide the cross-entropy by all pixels instead of those in ``mask``, so that
             few confident pixels weigh little (as FixMatch does).
@@ -76,32 +79,41 @@ def segmentation_loss(
 
 
 def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None, *, weights: Tensor | None, over_all_pixels: bool) -> Tensor:
-    """Class-weighted cross-entropy, averaged over the masked (or all) pixels by their weights.
+    """Weighted cross-entropy, averaged over the masked (or all) pixels by their weights.
+
+    For regions it is the binary one, averaged over the regions too.
 
     Shape:
-        ``logits`` (B, K, *spatial), ``target`` and ``mask`` (B, *spatial), result a scalar.
+        ``logits`` (B, K, *spatial), ``target`` and ``mask`` (B, *spatial) or, for regions, (B, K, *spatial), result a scalar.
     """
-    pixels = functional.cross_entropy(logits.float(), target, reduction="none")
-    pixel_weights = torch.ones_like(pixels) if weights is None else weights[target]
-    counted = pixel_weights if mask is None else pixel_weights * mask
+    if target.ndim == logits.ndim:
+        pixels = functional.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+    else:
+        pixels = functional.cross_entropy(logits.float(), target, reduction="none")
+    pixel_weights = torch.ones_like(pixels) if weights is None else _pixel_weights(weights, target)
+    counted = pixel_weights if mask is None else pixel_weights * over_heads(mask, pixels)
     divisor = pixel_weights if over_all_pixels else counted
     return (pixels * counted).sum() / divisor.sum().clamp_min(1e-6)
 
 
 def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """1 - soft Dice over the batch, mean over the foreground classes that the masked target shows.
+    """1 - soft Dice over the batch, mean over the foreground classes (or regions) that the masked target shows.
 
     A class without a target pixel is left out: pushing it down is the cross-entropy's task, and a
     pseudo-label that lacks a class must not be able to erase it. No class shown gives 0.
 
     Shape:
-        ``logits`` (B, K, *spatial), ``target`` and ``mask`` (B, *spatial), result a scalar.
+        ``logits`` (B, K, *spatial), ``target`` and ``mask`` (B, *spatial) or, for regions, (B, K, *spatial), result a scalar.
     """
-    probabilities = logits.float().softmax(1)[:, 1:]
-    one_hot = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, target[:, None], 1.0)[:, 1:]
+    if target.ndim == logits.ndim:
+        probabilities, one_hot = logits.float().sigmoid(), target.float()
+    else:
+        probabilities = logits.float().softmax(1)[:, 1:]
+        one_hot = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, target[:, None], 1.0)[:, 1:]
     if mask is not None:
-        probabilities = probabilities * mask[:, None]
-        one_hot = one_hot * mask[:, None]
+        mask = over_heads(mask, probabilities)
+        probabilities = probabilities * mask
+        one_hot = one_hot * mask
     axes = [0, *range(2, logits.ndim)]
     intersection = (probabilities * one_hot).sum(axes)
     size = one_hot.sum(axes)
@@ -110,8 +122,23 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     return ((1 - dice) * shown).sum() / shown.sum().clamp_min(1.0)
 
 
+def over_heads(mask: Tensor, values: Tensor) -> Tensor:
+    """A mask of pixels, (B, *spatial), such that it broadcasts to ``values``, which may have a dimension of heads."""
+    return mask[:, None] if mask.ndim < values.ndim else mask
+
+
+def _pixel_weights(weights: Tensor, target: Tensor) -> Tensor:
+    if weights.ndim == 1:
+        return weights[target]
+    outside, inside = weights.reshape(*weights.shape, *[1] * (target.ndim - 2)).unbind(1)
+    return torch.where(target, inside, outside)
+
+
 def _nearest(values: Tensor, size: Sequence[int]) -> Tensor:
-    if values.shape[1:] == tuple(size):
+    """(B, *spatial) or (B, R, *spatial) labels or masks at another resolution."""
+    d = len(size)
+    if values.shape[-d:] == tuple(size):
         return values
-    resized = functional.interpolate(values[:, None].float(), size=tuple(size), mode="nearest-exact")[:, 0]
-    return resized.to(values.dtype)
+    maps = values if values.ndim == d + 2 else values[:, None]
+    resized = functional.interpolate(maps.float(), size=tuple(size), mode="nearest-exact")
+    return resized.reshape(*values.shape[:-d], *size).to(values.dtype)

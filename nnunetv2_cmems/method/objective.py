@@ -12,9 +12,10 @@ from torch import Tensor
 from nnunetv2_cmems.config import CMEMSConfig
 from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank, ExemplarCrops
 from nnunetv2_cmems.method.feature_perturbation import ChannelDropout
+from nnunetv2_cmems.method.label_space import LabelSpace, PseudoLabel
 from nnunetv2_cmems.method.losses import segmentation_loss
 from nnunetv2_cmems.method.networks import MemberOutput
-from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix, draw_deformation
+from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix
 from nnunetv2_cmems.method.synthesis import SyntheticBatch, choose_backgrounds, synthesise
 
 
@@ -26,15 +27,8 @@ class Batches(NamedTuple):
     unlabelled: int
 
 
-class PseudoLabel(NamedTuple):
-    """What a member is taught about the unlabelled images: (U, *spatial) classes, and where they count."""
-
-    labels: Tensor
-    confident: Tensor
-
-
 class Supervised(NamedTuple):
-    """The supervised images of one member: exemplar views first, synthetic ones after them."""
+    """The supervised images of one member, with label maps and known pixels: exemplar views first, synthetic ones after them."""
 
     images: Tensor
     labels: Tensor
@@ -87,8 +81,9 @@ class Objective:
         config: weights, ramps and perturbations.
         bank: the exemplars.
         batches: images of each stream.
-        supervised_weights: (K,) weights of the supervised cross-entropy, or None.
-        pseudo_weights: (K,) weights of the consistency's cross-entropy, or None.
+        space: what the networks' heads mean.
+        supervised_weights: weights of the supervised cross-entropy, from ``space``, or None.
+        pseudo_weights: weights of the consistency's cross-entropy, from ``space``, or None.
         autocast: makes the context in which the networks run.
     """
 
@@ -97,6 +92,7 @@ class Objective:
         config: CMEMSConfig,
         bank: ExemplarBank,
         batches: Batches,
+        space: LabelSpace,
         supervised_weights: Tensor | None,
         pseudo_weights: Tensor | None,
         autocast: Callable[[], AbstractContextManager[Any]],
@@ -104,6 +100,7 @@ class Objective:
         self.config = config
         self.bank = bank
         self.batches = batches
+        self.space = space
         self.supervised_weights = supervised_weights
         self.pseudo_weights = pseudo_weights
         self.autocast = autocast
@@ -142,10 +139,10 @@ class Objective:
             self._supervised_terms(terms, output, batch)
         statistics: dict[str, Tensor] = {}
         if u_w is not None:
-            probabilities = [output.weak.float().softmax(1) for output in outputs if output.weak is not None]
-            statistics = unlabelled_statistics(probabilities, config.tau)
+            probabilities = [self.space.probabilities(output.weak) for output in outputs if output.weak is not None]
+            statistics = unlabelled_statistics(probabilities, config.tau, self.space)
             for i, output in enumerate(outputs):
-                taught = pseudo_label(probabilities, i, config.tau)
+                taught = pseudo_label(probabilities, i, config.tau, self.space)
                 if output.strong is not None:
                     mixed = PseudoLabel(mixes[i](taught.labels), mixes[i](taught.confident))
                     terms.setdefault("image", []).append(self._consistency(output.strong, mixed))
@@ -158,7 +155,7 @@ class Objective:
 
     def unlabelled_crops(self, unlabelled: Tensor) -> Tensor:
         """The crop that all views of an unlabelled image share: (U, C, *larger) to (U, C, *patch)."""
-        return deform(unlabelled, draw_deformation(len(unlabelled), self.bank.patch, self.config.unlabelled_views, unlabelled.device))
+        return deform(unlabelled, self.bank.draw_deformation(len(unlabelled), self.config.unlabelled_views))
 
     def supervised_batch(self, crops: Tensor | None, offsets: Tensor | None = None) -> Supervised:
         """Exemplar views and synthetic pairs for one member; ``crops`` serve Ω as backgrounds."""
@@ -168,7 +165,7 @@ class Objective:
             views = self.bank.draw(batches.exemplar, config.exemplar_views, foreground=0.5)
             images.append(views.images)
             labels.append(views.labels)
-            masks.append(torch.ones_like(views.labels, dtype=torch.bool))
+            masks.append(torch.ones_like(views.labels, dtype=torch.bool) if views.known is None else views.known)
         if batches.synthetic:
             pairs = self.synthetic_batch(crops, offsets)
             images.append(pairs.images)
@@ -187,9 +184,11 @@ class Objective:
         is_unlabelled = choose_backgrounds(batch, crops, config.synthesis, device)
         if offsets is not None:
             offsets = offsets[torch.arange(batch, device=device) % len(offsets)]
-        organs: ExemplarCrops = self.bank.draw(batch, UNDEFORMED, foreground=1.0, offsets=offsets, placed=is_unlabelled)
-        move = draw_deformation(batch, self.bank.patch, config.exemplar_views, device)
-        return synthesise(organs, deform(organs.backgrounds, move), crops, config.synthesis, is_unlabelled)
+        organs: ExemplarCrops = self.bank.draw(batch, UNDEFORMED, foreground=1.0, offsets=offsets, placed=is_unlabelled, whole=True)
+        move = self.bank.draw_deformation(batch, config.exemplar_views)
+        unknown = None if organs.known is None else deform((~organs.known)[:, None].float(), move, nearest=True) > 0
+        backgrounds = deform(organs.backgrounds, move)
+        return synthesise(organs, backgrounds, crops, config.synthesis, is_unlabelled, unknown=unknown, spacing=self.bank.spacing)
 
     def _supervised_terms(self, terms: dict[str, list[Tensor]], output: MemberOutput, batch: Supervised) -> None:
         assert output.supervised is not None
@@ -198,7 +197,7 @@ class Objective:
             if len(batch.labels[part]):
                 loss = segmentation_loss(
                     [scale[part] for scale in output.supervised],
-                    batch.labels[part],
+                    self.space.target(batch.labels[part]),
                     batch.mask[part],
                     weights=self.supervised_weights,
                     dice_weight=self.config.dice_weight,
@@ -216,48 +215,56 @@ class Objective:
         )
 
 
-def pseudo_label(probabilities: Sequence[Tensor], member: int, tau: float) -> PseudoLabel:
+def pseudo_label(probabilities: Sequence[Tensor], member: int, tau: float, space: LabelSpace) -> PseudoLabel:
     """What ``member`` is taught: the other members' mean prediction, where it reaches ``tau``.
 
     A single member teaches itself.
 
     Args:
-        probabilities: one (U, K, *spatial) softmax per member, without gradient.
+        probabilities: one (U, heads, *spatial) per member, without gradient.
         member: index of the pupil.
         tau: confidence threshold.
+        space: what the heads mean.
     """
     others = [p for i, p in enumerate(probabilities) if i != member] or [probabilities[member]]
     mean = others[0] if len(others) == 1 else torch.stack(others).mean(0)
-    confidence, labels = mean.max(1)
-    return PseudoLabel(labels, confidence >= tau)
+    return space.decide(mean, tau)
 
 
-def unlabelled_statistics(probabilities: Sequence[Tensor], tau: float) -> dict[str, Tensor]:
+def unlabelled_statistics(probabilities: Sequence[Tensor], tau: float, space: LabelSpace) -> dict[str, Tensor]:
     """Sums for the epoch's statistics of coverage and agreement.
 
     Args:
-        probabilities: one (U, K, *spatial) softmax per member.
+        probabilities: one (U, heads, *spatial) per member.
         tau: confidence threshold.
+        space: what the heads mean.
 
     Returns:
         ``coverage`` (n, 4): per member the pixels at or above tau, all pixels, and the same two for
-        pixels predicted as foreground. ``agreement`` (2, K - 1), for two members or more: per
-        foreground class the pixels that the first two members share, and the mean of what each has.
+        pixels predicted as foreground; with regions, a pixel counts once for each region. ``agreement``
+        (2, F), for two members or more: per foreground class or region the pixels that the first two
+        members share, and the mean of what each has.
     """
     rows, labels = [], []
     for p in probabilities:
-        confidence, label = p.max(1)
-        sure, foreground = (confidence >= tau).float(), (label > 0).float()
+        label, confident = space.decide(p, tau)
+        sure, foreground = confident.float(), (label > 0).float()
         rows.append(torch.stack([sure.sum(), torch.ones_like(sure).sum(), (sure * foreground).sum(), foreground.sum()]))
         labels.append(label)
     statistics = {"coverage": torch.stack(rows)}
     if len(labels) > 1:
-        statistics["agreement"] = overlap(labels[0], labels[1], probabilities[0].shape[1])
+        statistics["agreement"] = overlap(labels[0], labels[1], space)
     return statistics
 
 
-def overlap(a: Tensor, b: Tensor, num_classes: int) -> Tensor:
-    """(2, K - 1): intersections and mean sizes of each foreground class in two label maps; Dice is their ratio."""
-    shared = [((a == k) & (b == k)).sum() for k in range(1, num_classes)]
-    sizes = [((a == k).sum() + (b == k).sum()) / 2 for k in range(1, num_classes)]
+def overlap(a: Tensor, b: Tensor, space: LabelSpace) -> Tensor:
+    """(2, F): intersections and mean sizes of each foreground class or region in two labels; Dice is their ratio.
+
+    Shape:
+        ``a`` and ``b`` in head space: (B, *spatial) class indices, or (B, R, *spatial) for regions.
+    """
+    shared, sizes = [], []
+    for one, other in zip(space.masks(a), space.masks(b)):
+        shared.append((one & other).sum())
+        sizes.append((one.sum() + other.sum()) / 2)
     return torch.stack([torch.stack(shared).float(), torch.stack(sizes).float()])

@@ -30,7 +30,13 @@ class Deformation(NamedTuple):
     matrix: Tensor
 
 
-def draw_deformation(batch: int, patch: Sequence[int], config: SpatialConfig, device: torch.device) -> Deformation:
+MOST_ANISOTROPIC = 3.0
+"""Ratio of the largest to the smallest voxel side above which volumes are turned within slices only (nnU-Net's value)."""
+
+
+def draw_deformation(
+    batch: int, patch: Sequence[int], config: SpatialConfig, device: torch.device, spacing: Sequence[float] | None = None
+) -> Deformation:
     """Random rotation, zoom, shift, elastic deformation and mirroring for ``batch`` images.
 
     Args:
@@ -38,13 +44,15 @@ def draw_deformation(batch: int, patch: Sequence[int], config: SpatialConfig, de
         patch: size of the output patch in voxels.
         config: the ranges.
         device: where to draw.
+        spacing: the voxels' sides in mm; None: cubes. Volumes are turned in millimetres, and about the axis
+            of thick slices only.
     """
     d = len(patch)
     size = torch.tensor(patch, dtype=torch.float32, device=device)
     axes = [torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in patch]
     base = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # (*patch, d)
     active = (torch.rand(batch, device=device) < config.probability).float()
-    matrix = _rotation(batch, d, math.radians(config.rotation), active, device)
+    matrix = _rotation(batch, d, math.radians(config.rotation), active, device, spacing or [1.0] * d)
     low, high = math.log(config.scale[0]), math.log(config.scale[1])
     zoom = torch.exp(-active * (low + (high - low) * torch.rand(batch, device=device)))
     matrix = matrix * zoom[:, None, None]
@@ -80,24 +88,40 @@ def deform(
     offsets = deformation.offsets
     batch, d = offsets.shape[0], offsets.shape[-1]
     size = torch.tensor(images.shape[2:], dtype=offsets.dtype, device=offsets.device)
-    middle = (size - 1) / 2
-    start = middle.expand(batch, d) if centres is None else centres
-    if pivots is not None:
-        start = start + pivots - torch.einsum("bij,bj->bi", deformation.matrix, pivots)
-    voxels = offsets + start.reshape(batch, *[1] * d, d)
+    voxels = read_from(deformation, ((size - 1) / 2).expand(batch, d) if centres is None else centres, pivots)
     grid = ((2 * voxels + 1) / size - 1).flip(-1)
     images = images.expand(batch, *images.shape[1:])
     return functional.grid_sample(images, grid, mode="nearest" if nearest else "bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _rotation(batch: int, d: int, limit: float, active: Tensor, device: torch.device) -> Tensor:
+def read_from(deformation: Deformation, centres: Tensor, pivots: Tensor | None = None) -> Tensor:
+    """(B, *patch, d) voxel coordinates that :func:`deform` reads from; arguments as there."""
+    offsets = deformation.offsets
+    batch, d = offsets.shape[0], offsets.shape[-1]
+    if pivots is not None:
+        centres = centres + pivots - torch.einsum("bij,bj->bi", deformation.matrix, pivots)
+    return offsets + centres.reshape(batch, *[1] * d, d)
+
+
+def rotation_planes(spacing: Sequence[float]) -> list[tuple[int, int]]:
+    """The pairs of axes within which images of this spacing are turned."""
+    if len(spacing) == 2:
+        return [(0, 1)]
+    if max(spacing) / min(spacing) <= MOST_ANISOTROPIC:
+        return [(1, 2), (0, 2), (0, 1)]
+    thick = max(range(3), key=lambda axis: spacing[axis])
+    first, second = (axis for axis in range(3) if axis != thick)
+    return [(first, second)]
+
+
+def _rotation(batch: int, d: int, limit: float, active: Tensor, device: torch.device, spacing: Sequence[float]) -> Tensor:
     angles = active[:, None] * limit * (2 * torch.rand(batch, d, device=device) - 1)
     sin, cos = angles.sin(), angles.cos()
     matrix = torch.eye(d, device=device).repeat(batch, 1, 1)
-    for plane, (i, j) in enumerate([(0, 1)] if d == 2 else [(1, 2), (0, 2), (0, 1)]):
+    for plane, (i, j) in enumerate(rotation_planes(spacing)):
         turn = torch.eye(d, device=device).repeat(batch, 1, 1)
         turn[:, i, i] = turn[:, j, j] = cos[:, plane]
-        turn[:, i, j], turn[:, j, i] = -sin[:, plane], sin[:, plane]
+        turn[:, i, j], turn[:, j, i] = -sin[:, plane] * (spacing[j] / spacing[i]), sin[:, plane] * (spacing[i] / spacing[j])
         matrix = matrix @ turn
     return matrix
 

@@ -29,7 +29,14 @@ class SyntheticBatch(NamedTuple):
 
 
 def synthesise(
-    crops: ExemplarCrops, backgrounds: Tensor, unlabelled: Tensor | None, config: SynthesisConfig, is_unlabelled: Tensor | None = None
+    crops: ExemplarCrops,
+    backgrounds: Tensor,
+    unlabelled: Tensor | None,
+    config: SynthesisConfig,
+    is_unlabelled: Tensor | None = None,
+    *,
+    unknown: Tensor | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> SyntheticBatch:
     """Ω for a batch: paste the organs of each exemplar crop onto a background (paper, section 3).
 
@@ -44,6 +51,8 @@ def synthesise(
         unlabelled: (U, C, *patch) unlabelled crops, or None where there are none.
         config: the ranges.
         is_unlabelled: (B,) bool, which backgrounds are unlabelled images; None: drawn here.
+        unknown: (B, 1, *patch) bool, what of ``backgrounds`` is not annotated; None: nothing.
+        spacing: the voxels' sides in mm; None: cubes.
     """
     batch, _, *patch = crops.images.shape
     device = crops.images.device
@@ -54,7 +63,7 @@ def synthesise(
     if unlabelled is not None:
         others = unlabelled[torch.arange(batch, device=device) % len(unlabelled)]
         canvas = torch.where(is_unlabelled, others, backgrounds)
-    joint = draw_deformation(batch, patch, config.joint, device)
+    joint = draw_deformation(batch, patch, config.joint, device, spacing)
     content = deform(crops.images, joint)
     labels = deform(crops.labels[:, None].float(), joint, nearest=True)
     groups = deform(crops.groups[:, None].float(), joint, nearest=True)
@@ -64,7 +73,7 @@ def synthesise(
         shape = (groups == group).float()
         organs = content, labels * shape, shape
         if crops.num_groups > 1:
-            organs = _move(*organs, config, patch)
+            organs = _move(*organs, config, patch, spacing)
         canvas, painted = _paste(canvas, painted, *organs, margin, config)
     known = dilate(painted > 0, margin) | ~is_unlabelled
     if config.known_beyond < 1:
@@ -72,6 +81,8 @@ def synthesise(
         if crops.near is not None:
             near = near | (deform(crops.near[:, None].float(), joint, nearest=True) > 0)
         known = known | ~near
+    if unknown is not None:
+        known = known & (~unknown | is_unlabelled | (painted > 0))
     return SyntheticBatch(canvas, painted[:, 0].long(), known[:, 0])
 
 
@@ -117,9 +128,11 @@ def choose_backgrounds(batch: int, unlabelled: Tensor | None, config: SynthesisC
     return torch.rand(batch, device=device) < config.unlabelled_background
 
 
-def _move(content: Tensor, labels: Tensor, shape: Tensor, config: SynthesisConfig, patch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _move(
+    content: Tensor, labels: Tensor, shape: Tensor, config: SynthesisConfig, patch: Sequence[int], spacing: Sequence[float] | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Deform one group of organs about its own centre."""
-    move = draw_deformation(len(content), patch, config.separate, content.device)
+    move = draw_deformation(len(content), patch, config.separate, content.device, spacing)
     centre = _centre(shape)
     return (
         deform(content, move, pivots=centre),

@@ -15,8 +15,9 @@ from typing import Any, Union
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgba
+from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -139,7 +140,7 @@ def plot_exemplar(
         OSError: the file cannot be written.
         ValueError: an array is not two-dimensional, or a label's or mask's shape is not its image's.
     """
-    rows: list[list[_Panel]] = [[_Panel("exemplar", exemplar_image, exemplar_label)]]
+    rows: list[list[_Panel]] = [[_Panel("exemplar", exemplar_image, exemplar_label, np.asarray(exemplar_label) >= 0)]]
     for index, (image, label, mask) in enumerate(synthetic):
         rows[0].append(_Panel(f"synthetic {index + 1}", image, label, mask))
     if views:
@@ -358,3 +359,151 @@ def _outline(inside: np.ndarray) -> list[list[tuple[float, float]]]:
     segments = [[(x - 0.5, y - 0.5), (x + 0.5, y - 0.5)] for y, x in horizontal]
     segments += [[(x - 0.5, y - 0.5), (x - 0.5, y + 0.5)] for y, x in vertical]
     return segments
+
+
+def plot_suggestion(
+    path: PathLike,
+    image: np.ndarray,
+    neighbours: Mapping[str, np.ndarray],
+    *,
+    aspect: float = 1.0,
+    side: tuple[np.ndarray, float, str, int] | None = None,
+    title: str = "",
+) -> None:
+    """Draw a slice that is worth annotating, and where it lies in its scan.
+
+    The slice is drawn large. Beside it stand its neighbours, under the same grey window, and below them a cut across the
+    scan, with a line where the slice is.
+
+    Args:
+        path: the PNG file; missing folders are made.
+        image: the slice, shape (Y, X).
+        neighbours: panel title -> a neighbouring slice, shape (Y, X); at most two. Empty for an image that has none.
+        aspect: height of the slices' pixels, in units of their width.
+        side: the cut, shape (P, Q); its pixels' aspect; ``"row"`` or ``"column"``; the row or column that is the slice.
+        title: heading of the whole picture; may have several lines.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: an image is not two-dimensional.
+    """
+    beside = bool(neighbours) or side is not None
+    ratio = float(np.clip(_Panel("slice", image).image.shape[0] * aspect / np.shape(image)[1], 0.35, 2.2))
+    width = 4.6 / max(ratio, 0.75)
+    figure = _figure(width * (1.9 if beside else 1.0) + 0.4, width * ratio + 0.3 + 0.25 * title.count("\n") + 0.35 * bool(title), title)
+    grid = figure.add_gridspec(2, 3 if beside else 1, width_ratios=(2.2, 1, 1) if beside else (1,))
+    window = _window(image, *neighbours.values())
+
+    def draw(place: Any, panel: _Panel, pixel: float) -> Axes:
+        axes = figure.add_subplot(place)
+        panel.draw(axes, {})
+        axes.set_aspect(pixel)
+        return axes
+
+    draw(grid[:, 0], _Panel("", image, window=window), aspect)
+    for column, (name, neighbour) in enumerate(neighbours.items()):
+        draw(grid[0, column + 1], _Panel(name, neighbour, window=window), aspect)
+    if side is not None:
+        cut, pixel, direction, index = side
+        axes = draw(grid[1 if neighbours else slice(0, 2), 1:], _Panel("where it lies", cut), pixel)
+        (axes.axhline if direction == "row" else axes.axvline)(index, color=_COLOURS[0], linewidth=1.4)
+    _save(figure, path)
+
+
+def contact_sheet(
+    path: PathLike,
+    rows: Sequence[tuple[str, int | None, float, np.ndarray, np.ndarray, np.ndarray]],
+    class_names: Mapping[int, str],
+    *,
+    title: str = "",
+) -> None:
+    """Draw what the members make of scans that nobody has labelled, one scan a row, as wide as an A4 page.
+
+    A row shows the scan's slice, the same with the mask of the members' mean, and where the members disagree (or, where no
+    row has an agreement, where the only one is unsure). Colours of the disagreement mean the same in all rows. Margins that
+    show nothing are cut off.
+
+    Args:
+        path: the PNG file; missing folders are made.
+        rows: for each scan its case, the slice (``None``: an image that has no slices), the members' agreement (a Dice from
+            0 to 1; NaN is not written), and, each of shape (Y, X): the image, the mask (integers; 0 is not drawn), and the
+            disagreement (0 to 1).
+        class_names: label value -> name of the class (see :func:`plot_exemplar`).
+        title: heading of the whole picture.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: there is no row, an array is not two-dimensional, or the arrays of a row differ in shape.
+    """
+    if not rows:
+        raise ValueError("there is no row to draw.")
+    scans = [_SheetRow(*row) for row in rows]
+    colours = _class_colours(class_names)
+    handles = [Patch(facecolor=to_rgba(colours[v], 0.45), edgecolor=colours[v], label=class_names[v]) for v in colours]
+    if {value for scan in scans for value in _values(scan.mask)} - set(colours):
+        handles.append(Patch(facecolor=to_rgba(_GREY, 0.45), edgecolor=_GREY, label="other label"))
+
+    doubt = "where the members disagree" if any(np.isfinite(row[2]) for row in rows) else "where it is unsure"
+    text_width, panel_width, tallest = 1.6, 2.05, float(np.clip(15 / len(scans), 1.5, 2.6))
+    heights = [min(panel_width * _Panel("scan", scan.image).height, tallest) for scan in scans]
+    below = 0.22 * -(-len(handles) // _LEGEND_COLUMNS)
+    height = sum(heights) + 0.06 * len(heights) + 0.5 + below + 0.3 * bool(title)
+    dpi = min(_DPI, (_SHEET_PIXELS / (_A4_WIDTH * height)) ** 0.5)
+    figure = Figure(figsize=(_A4_WIDTH, height), dpi=dpi, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    grid = figure.add_gridspec(len(scans), 5, height_ratios=heights, width_ratios=(text_width, *[panel_width] * 3, 0.12))
+    for r, scan in enumerate(scans):
+        text = figure.add_subplot(grid[r, 0])
+        text.axis("off")
+        text.text(0.0, 0.5, scan.text, ha="left", va="center", fontsize=8.5, linespacing=1.5, transform=text.transAxes)
+        for c, (heading, mask) in enumerate((("scan", None), ("mask", scan.mask), (doubt, None))):
+            panel = _Panel(heading, scan.image, mask)
+            panel.repeated = r > 0
+            axes = figure.add_subplot(grid[r, c + 1])
+            panel.draw(axes, colours)
+        # See-through where the members agree, so that the scan tells the place.
+        axes.imshow(scan.disagreement, cmap=_HEAT, vmin=0, vmax=1, alpha=np.clip(scan.disagreement * 4, 0, 0.85))
+    scale = figure.colorbar(ScalarMappable(Normalize(0, 1), _HEAT), cax=figure.add_subplot(grid[0, 4]), ticks=[0, 0.5, 1])
+    scale.ax.tick_params(labelsize=8)
+    if handles:
+        columns = min(_LEGEND_COLUMNS, len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, columnspacing=1.4)
+    _save(figure, path)
+
+
+_A4_WIDTH = 8.27  # inches
+_LEGEND_COLUMNS = 5
+_HEAT = "inferno"
+_SHEET_PIXELS = 1_300_000  # of a whole contact sheet, to keep its file small
+_MOST_PIXELS = 320  # along a side, of what a contact sheet shows of a slice
+
+
+class _SheetRow:
+    """A scan of a contact sheet: its text, and its arrays, cut down to what shows something and no finer than can be seen."""
+
+    def __init__(
+        self, case: str, index: int | None, agreement: float, image: np.ndarray, mask: np.ndarray, disagreement: np.ndarray
+    ) -> None:
+        checked = _Panel(case, image, mask)
+        heat = np.nan_to_num(np.asarray(disagreement, dtype=np.float32)).clip(0, 1)
+        if heat.shape != checked.image.shape:
+            raise ValueError(f"the disagreement of case '{case}' has shape {heat.shape}, its image {checked.image.shape}.")
+        lines = [case[i : i + 22] for i in range(0, len(case), 22)]  # in full: cases often differ in their last characters alone
+        lines += [f"slice {index}"] * (index is not None) + [f"agreement {agreement:.2f}"] * bool(np.isfinite(agreement))
+        self.text = "\n".join(lines)
+        low, high = checked.window
+        self.mask = np.asarray(mask)
+        part = _bounding_box((checked.image > low + 0.05 * (high - low)) | (self.mask > 0))
+        step = max(1, -(-max(self.mask[part].shape) // _MOST_PIXELS))
+        self.mask, self.image, self.disagreement = (array[part][::step, ::step] for array in (self.mask, checked.image, heat))
+
+
+def _bounding_box(inside: np.ndarray, margin: float = 0.04) -> tuple[slice, slice]:
+    """The smallest rectangle around a mask, with a margin in units of its longer side; everything, if the mask is empty."""
+    if not inside.any():
+        return slice(None), slice(None)
+    ends = [np.flatnonzero(inside.any(axis=1 - axis))[[0, -1]] for axis in (0, 1)]
+    room = round(margin * max(last - first + 1 for first, last in ends))
+    rows, columns = (slice(max(0, int(first) - room), int(last) + 1 + room) for first, last in ends)
+    return rows, columns

@@ -1,7 +1,7 @@
 """Add a configuration that a CPU can train to existing nnU-Net plans.
 
-The new configuration inherits from a 2D one and replaces spacing, patch size, batch size and network
-size. Run nnU-Net's own ``nnUNetv2_preprocess`` for it afterwards::
+The new configuration inherits from another and replaces spacing, patch size, batch size and network
+size. Preprocess for it afterwards, with nnU-Net's command or, where there are scans in ``imagesUn``, with ours::
 
     python -m nnunetv2_cmems.study.small_configuration -d 27
     nnUNetv2_preprocess -d 27 -c 2d_small
@@ -32,21 +32,22 @@ def small_configuration(
 
     Args:
         plans: nnU-Net's plans.
-        base: the 2D configuration to inherit from.
+        base: the configuration to inherit from, 2D or 3D.
         name: the new configuration's name, part of its preprocessed folder's name.
-        patch_size: voxels (y, x); each side must be divisible by ``2 ** (len(features) - 1)``.
-        spacing: millimetres (y, x).
+        patch_size: voxels ((z,) y, x); each side must be divisible by ``2 ** (len(features) - 1)``.
+        spacing: millimetres ((z,) y, x).
         features: channels of each encoder stage.
         batch_size: images a batch.
 
     Raises:
-        CMEMSError: ``base`` is not in the plans or not 2D, ``name`` is another configuration's, or the
-            patch does not fit the number of stages.
+        CMEMSError: ``base`` is not in the plans or has another number of axes, ``name`` is another
+            configuration's, or the patch does not fit the number of stages.
     """
     if base not in plans["configurations"]:
         raise CMEMSError(f"the plans have no configuration '{base}'; they have {', '.join(plans['configurations'])}.")
-    if len(plans["configurations"][base].get("patch_size", (0, 0))) != 2:
-        raise CMEMSError(f"configuration '{base}' is not 2D; name a 2D one with -c.")
+    axes = len(plans["configurations"][base].get("patch_size", patch_size))
+    if not len(patch_size) == len(spacing) == axes:
+        raise CMEMSError(f"configuration '{base}' has {axes} axes; name as many numbers for --patch and --spacing.")
     existing = plans["configurations"].get(name)
     if existing is not None and existing.get("inherits_from") != base:
         raise CMEMSError(f"the plans have a configuration '{name}' already, which is not a small one of '{base}'; choose another --name.")
@@ -58,8 +59,8 @@ def small_configuration(
     architecture["arch_kwargs"].update(
         n_stages=stages,
         features_per_stage=list(features),
-        kernel_sizes=[[3, 3]] * stages,
-        strides=[[1, 1]] + [[2, 2]] * (stages - 1),
+        kernel_sizes=[[3] * axes] * stages,
+        strides=[[1] * axes] + [[2] * axes] * (stages - 1),
         n_conv_per_stage_decoder=[2] * (stages - 1),
     )
     blocks = "n_blocks_per_stage" if "n_blocks_per_stage" in architecture["arch_kwargs"] else "n_conv_per_stage"
@@ -82,11 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m nnunetv2_cmems.study.small_configuration", description=__doc__)
     parser.add_argument("-d", required=True, help="data set, name or id")
-    parser.add_argument("-c", default="2d", help="2D configuration to inherit from")
+    parser.add_argument("-c", default="2d", help="configuration to inherit from")
     parser.add_argument("-p", default="nnUNetPlans", help="plans identifier")
     parser.add_argument("--name", default="2d_small", help="name of the new configuration")
-    parser.add_argument("--patch", type=int, nargs=2, default=[128, 112], help="voxels")
-    parser.add_argument("--spacing", type=float, nargs=2, default=[2.75, 2.75], help="mm")
+    parser.add_argument("--patch", type=int, nargs="+", default=[128, 112], help="voxels")
+    parser.add_argument("--spacing", type=float, nargs="+", default=[2.75, 2.75], help="mm")
     parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32, 64, 96], help="channels of each stage")
     parser.add_argument("--batch", type=int, default=12, help="images a batch")
     args = parser.parse_args(arguments)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_cmems.data.annotation import LabelValues
 from nnunetv2_cmems.errors import CMEMSError, show_errors_as_sentences
 from nnunetv2_cmems.study.pictures import montage
 
@@ -23,12 +24,12 @@ Dice = dict[str, dict[str, float]]
 """Case identifier to class name (and ``"mean"``) to 3D Dice."""
 
 
-def read_validation(fold_folder: str, class_names: Mapping[int, str]) -> Dice:
+def read_validation(fold_folder: str, class_names: Mapping[str, str]) -> Dice:
     """3D Dice per case and class of a finished fold.
 
     Args:
         fold_folder: nnU-Net's ``fold_X`` folder.
-        class_names: foreground label to name.
+        class_names: foreground label or region, as nnU-Net's summary writes it ("1", "(1, 2)"), to name.
 
     Raises:
         CMEMSError: the fold's validation has not been run to its end.
@@ -41,7 +42,7 @@ def read_validation(fold_folder: str, class_names: Mapping[int, str]) -> Dice:
     found = {}
     for case in summary["metric_per_case"]:
         name = os.path.basename(case["prediction_file"]).split(".")[0]
-        scores = {class_names[int(label)]: float(metrics["Dice"]) for label, metrics in case["metrics"].items()}
+        scores = {class_names[label]: float(metrics["Dice"]) for label, metrics in case["metrics"].items()}
         found[name] = {**scores, "mean": float(np.nanmean(list(scores.values())))}
     return found
 
@@ -90,7 +91,13 @@ def find_folds(results: Sequence[str], dataset: str, plans: str, configuration: 
 
 
 def draw_montage(
-    path: str, folds: Mapping[str, str], truth_folder: str, raw_folder: str, ending: str, class_names: Mapping[int, str]
+    path: str,
+    folds: Mapping[str, str],
+    truth_folder: str,
+    raw_folder: str,
+    ending: str,
+    class_names: Mapping[str, str],
+    colours: Mapping[int, str],
 ) -> None:
     """The best, median and worst case of the first method: image, truth and every method's prediction.
 
@@ -100,7 +107,8 @@ def draw_montage(
         truth_folder: nnU-Net's ``gt_segmentations``.
         raw_folder: nnU-Net's ``imagesTr``.
         ending: the images' file ending.
-        class_names: foreground label to name.
+        class_names: see :func:`read_validation`.
+        colours: foreground label value to name.
     """
     scores = read_validation(next(iter(folds.values())), class_names)
     ranked = sorted(scores, key=lambda case: scores[case]["mean"])
@@ -114,7 +122,7 @@ def draw_montage(
             row[method] = (image[z], _slices(os.path.join(folder, "validation", case + ending))[z])
         rows.append(row)
         titles.append(f"{name}: {case}, Dice {100 * scores[case]['mean']:.0f} %")
-    montage(path, rows, class_names, row_titles=titles)
+    montage(path, rows, colours, row_titles=titles)
 
 
 def _slices(path: str) -> np.ndarray:
@@ -140,7 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = maybe_convert_to_dataset_name(int(args.d) if args.d.isdigit() else args.d)
     with open(os.path.join(nnUNet_preprocessed.get(), dataset, "dataset.json"), encoding="utf-8") as file:
         description = json.load(file)
-    class_names = {int(value): name for name, value in description["labels"].items() if int(value) > 0}
+    class_names = {
+        str(tuple(value) if isinstance(value, list) else value): name
+        for name, value in description["labels"].items()
+        if value != 0 and name != "ignore"
+    }
+    colours = {value: name for value, name in LabelValues.of(description).names.items() if value > 0}
     folds = find_folds(args.r, dataset, args.p, args.c, args.f)
     missing = [trainer for trainer in args.trainers or () if trainer not in folds]
     if missing:
@@ -151,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         truth = os.path.join(nnUNet_preprocessed.get(), dataset, "gt_segmentations")
         raw = os.path.join(nnUNet_raw.get(), dataset, "imagesTr")
         first = {trainer.replace("nnUNetTrainer", ""): found[0] for trainer, found in folds.items()}
-        draw_montage(args.montage, first, truth, raw, description["file_ending"], class_names)
+        draw_montage(args.montage, first, truth, raw, description["file_ending"], class_names, colours)
 
 
 if __name__ == "__main__":

@@ -24,21 +24,27 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 
-from nnunetv2_cmems.config import CMEMSConfig, ExemplarSpec, differences, load_config, with_overrides
-from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset, choose_exemplar, load_exemplars
+from nnunetv2_cmems.config import CMEMSConfig, ExemplarSpec, TermConfig, differences, load_config, with_overrides
+from nnunetv2_cmems.data.annotation import LabelValues
+from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset, choose_exemplar, list_annotated, load_exemplars
+from nnunetv2_cmems.data.sources import FEWEST_CASES_TO_SPLIT, find_unlabelled, takes_all_annotations, unlabelled_folder
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader, check_images
 from nnunetv2_cmems.data.validation import ValidationLoader
 from nnunetv2_cmems.errors import CMEMSError, first_line, show_errors_as_sentences
 from nnunetv2_cmems.method.exemplars import ExemplarBank
-from nnunetv2_cmems.method.losses import class_weights
+from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks, count_members, splits
 from nnunetv2_cmems.method.objective import Objective, batch_sizes
+from nnunetv2_cmems.method.perturbations import rotation_planes
+from nnunetv2_cmems.method.planes import AnnotatedPlane
 from nnunetv2_cmems.method.synthesis import reach
+from nnunetv2_cmems.trainers.first_look import draw_looks, look_at, sample
 from nnunetv2_cmems.trainers.hidden_labels import HiddenLabels
 from nnunetv2_cmems.trainers.history import History
 from nnunetv2_cmems.trainers.snapshot import draw_snapshot
@@ -74,6 +80,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._continues = continues
         self._use(config)
+        self.label_space = label_space(self.label_manager)
         self.history = History(self.logger)
         self._objective: Any = None  # an Objective once the data is known
         self.hidden_labels: HiddenLabels | None = None
@@ -130,6 +137,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self.mutual_networks.deep_supervision = enabled
 
     def initialize(self) -> None:
+        self._check_preprocessed()
         if self.config.seed is not None:
             _seed_everything(self.config.seed)
         super().initialize()
@@ -150,55 +158,112 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = axes
         views = self.config.unlabelled_views
         angle = np.deg2rad(views.rotation)
-        largest = [n * (1 + 2 * (views.shift + views.elastic)) for n in get_patch_size(patch, (-angle, angle), 0, 0, views.scale)]
-        return (-angle, angle), False, [int(np.ceil(n)) for n in largest], axes
+        turned = _turned(patch, self.configuration_manager.spacing, angle, views.scale)
+        return (-angle, angle), False, [int(np.ceil(n * (1 + 2 * (views.shift + views.elastic)))) for n in turned], axes
 
     def get_dataloaders(self) -> tuple[Iterator, Iterator]:
         """The unlabelled crops, and nnU-Net's own validation loader. The exemplars need no loader."""
         training, validation = self.do_split()
-        if not len(validation):
-            raise CMEMSError(f"fold {self.fold} has no validation case; add one to splits_final.json, or train fold 'all'.")
         dataset = self.preprocessed_dataset()
         self.exemplars = self._find_exemplars(training, dataset)
         annotated = {exemplar.case for exemplar in self.exemplars}
-        unlabelled = [case for case in sorted(training) if case not in annotated]
+        unlabelled = find_unlabelled(dataset, training, annotated, validation, self.fold)
         if self._needs_unlabelled and not unlabelled:
             raise CMEMSError(
-                f"fold {self.fold} has no unlabelled training case beside the exemplar ({', '.join(sorted(annotated))}); add scans to "
-                "the data set, or train nnUNetTrainerCMEMS_exemplarOnly, which needs none."
+                f"fold {self.fold} has no unlabelled training case beside the exemplar ({', '.join(sorted(annotated))}); put scans into "
+                "imagesUn and run nnUNetv2_cmems plan_and_preprocess, or train nnUNetTrainerCMEMS_exemplarOnly, which needs none."
             )
-        check_images([*sorted(annotated), *unlabelled, *sorted(validation)], dataset, self.configuration_manager, self.num_input_channels)
-        self._record(unlabelled)
+        if not len(validation) and self.config.best_checkpoint == "validation_dice":
+            raise CMEMSError(
+                f"'best_checkpoint' is \"validation_dice\" ({self._config_source}), but fold {self.fold} has no validation case to follow; "
+                'set it to "agreement".'
+            )
+        hidden = [case for case, source in unlabelled.items() if source is dataset]
+        others = [case for case, source in unlabelled.items() if source is not dataset]
+        fits = functools.partial(check_images, configuration=self.configuration_manager, num_channels=self.num_input_channels)
+        fits([*sorted(annotated), *hidden, *sorted(validation)], dataset)
+        if others:
+            fits(others, unlabelled[others[0]])
+        self._record(list(unlabelled))
         self._prepare_objective()
         if self.config.log_hidden_accuracy and self.config.uses_unlabelled:
-            self.hidden_labels = HiddenLabels.of(unlabelled, dataset, self.configuration_manager.patch_size)
+            self.hidden_labels = HiddenLabels.of(hidden, dataset, self.configuration_manager.patch_size, self.label_space)
         *_, crop, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         train: Iterator
         if self._needs_unlabelled:
             size = self._objective.batches.unlabelled or 2  # where only the synthetic stream needs them
-            train = self._with_workers(UnlabelledLoader(unlabelled, dataset, size, crop, self.configuration_manager.patch_size), 1)
+            train = self._with_workers(UnlabelledLoader(unlabelled, size, crop, self.configuration_manager.patch_size), 1)
         else:
-            train = iter(dict, None)  # an endless stream of empty batches
+            train = _nothing()
+        if not len(validation):
+            self.num_val_iterations_per_epoch = 0
+            self.print_to_log_file("No validation case has labels; the best checkpoint follows the members' agreement on unlabelled scans.")
+            return train, _nothing()
         val = self._with_workers(self._validation_loader(validation), 2)
         _raise_error(next(val))
         return train, val
 
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, except where there are too few labelled cases for one: all of them are then training cases.
+
+        In fold ``all`` the exemplars are no validation cases.
+        """
+        dataset = self.preprocessed_dataset()
+        cases = sorted(dataset.dataset_class.get_identifiers(dataset.folder))
+        if self.fold == "all":
+            if takes_all_annotations(self.config.exemplar, dataset.folder):
+                return cases, []
+            chosen = self._chosen_exemplars() if os.path.isdir(unlabelled_folder(dataset.folder)) else []
+            return cases, [case for case in cases if case not in {spec.case for spec in chosen}]
+        has_splits = os.path.isfile(os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json"))
+        if len(cases) < FEWEST_CASES_TO_SPLIT and not has_splits:
+            self.print_to_log_file(f"{len(cases)} labelled case{'s' if len(cases) > 1 else ''}, too few to split: training on all of them.")
+            return cases, []
+        return super().do_split()
+
     def preprocessed_dataset(self) -> PreprocessedDataset:
         """What the data layer has to know about the preprocessed folder."""
-        self.dataset_class: Any = self.dataset_class or infer_dataset_class(self.preprocessed_dataset_folder)
-        return PreprocessedDataset.from_plans(self.preprocessed_dataset_folder, self.dataset_class, self.plans_manager, self.dataset_json)
+        folder = self.preprocessed_dataset_folder
+        self._check_preprocessed()
+        self.dataset_class: Any = self.dataset_class or infer_dataset_class(folder)
+        dimensions = len(self.configuration_manager.patch_size)
+        return PreprocessedDataset.from_plans(folder, self.dataset_class, self.plans_manager, self.dataset_json, dimensions)
+
+    def _check_preprocessed(self) -> None:
+        folder = self.preprocessed_dataset_folder
+        if not os.path.isdir(folder):
+            raise CMEMSError(
+                f"{folder} does not exist: the data set is not preprocessed for configuration '{self.configuration_name}'; run "
+                f"nnUNetv2_cmems plan_and_preprocess with -c {self.configuration_name}."
+            )
+        if not any(name.endswith((".b2nd", ".npz")) for name in os.listdir(folder)):
+            raise CMEMSError(
+                f"{folder} has no labelled case; put a mask into labelsTr and its scan into imagesTr, and run nnUNetv2_cmems "
+                "plan_and_preprocess again."
+            )
+
+    @property
+    def _synthesises(self) -> bool:
+        """Whether the synthetic stream is on and an exemplar shows whole organs, which Ω could cut out."""
+        return self.config.synthetic.enabled and any(exemplar.plane is None for exemplar in self.exemplars)
 
     @property
     def _needs_unlabelled(self) -> bool:
-        return self.config.uses_unlabelled or (self.config.synthetic.enabled and self.config.synthesis.unlabelled_background > 0)
+        return self.config.uses_unlabelled or (self._synthesises and self.config.synthesis.unlabelled_background > 0)
+
+    def _chosen_exemplars(self) -> Sequence[ExemplarSpec]:
+        """The exemplars as far as they are known before the data are read: named by the user, or chosen by the run that goes on."""
+        if not isinstance(self.config.exemplar, str):
+            return self.config.exemplar
+        if RECORD in self.my_init_kwargs:
+            return [ExemplarSpec(**exemplar) for exemplar in self.my_init_kwargs[RECORD]["exemplars"]]
+        return []
 
     def _find_exemplars(self, training: Sequence[str], dataset: PreprocessedDataset) -> list[Exemplar]:
-        specs: Sequence[ExemplarSpec]
-        if self.config.exemplar != "auto":
-            specs = self.config.exemplar
-        elif RECORD in self.my_init_kwargs:  # a resumed run goes on with what it chose
-            specs = [ExemplarSpec(**exemplar) for exemplar in self.my_init_kwargs[RECORD]["exemplars"]]
-        else:
+        specs = self._chosen_exemplars()
+        if not specs and takes_all_annotations(self.config.exemplar, dataset.folder):
+            specs = list_annotated(training, dataset)
+        elif not specs:
             specs = [choose_exemplar(training, dataset, self.config.allow_missing_classes)]
         return load_exemplars(specs, training, dataset, self.config.allow_missing_classes)
 
@@ -207,14 +272,22 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         exemplars = [dataclasses.asdict(exemplar.spec) for exemplar in self.exemplars]
         self.my_init_kwargs[RECORD] = {"config": self.config.to_dict(), "exemplars": exemplars}
         save_json({**self.my_init_kwargs[RECORD], "unlabelled": list(unlabelled)}, os.path.join(self.output_folder, "cmems_config.json"))
-        how = "chosen automatically" if self.config.exemplar == "auto" else "as configured"
+        how = "chosen automatically" if isinstance(self.config.exemplar, str) else "as configured"
+        if takes_all_annotations(self.config.exemplar, self.preprocessed_dataset_folder):
+            how = "all that is annotated"
         for exemplar in self.exemplars:
-            self.print_to_log_file(f"Exemplar ({how}): case {exemplar.case}, slice {exemplar.slice} along {exemplar.axis} (counted from 0)")
+            place = "the whole volume" if exemplar.slice is None else f"slice {exemplar.slice} along {exemplar.axis} (counted from 0)"
+            self.print_to_log_file(f"Exemplar ({how}): case {exemplar.case}, {place}")
         self.print_to_log_file(f"Unlabelled training cases: {len(unlabelled)}. CMEMS config: {self._config_source}")
 
     def _validation_loader(self, cases: Sequence[str]) -> ValidationLoader:
         patch = self.configuration_manager.patch_size
-        transforms = self.get_validation_transforms(self._get_deep_supervision_scales())
+        labels = self.label_manager
+        transforms = self.get_validation_transforms(
+            self._get_deep_supervision_scales(),
+            regions=labels.foreground_regions if labels.has_regions else None,
+            ignore_label=labels.ignore_label,
+        )
         return ValidationLoader(
             self.dataset_class(self.preprocessed_dataset_folder, cases),
             self.batch_size,
@@ -240,20 +313,27 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
     # ------------------------------------------------------------------ training
 
     def _prepare_objective(self) -> None:
-        images = [torch.from_numpy(exemplar.image) for exemplar in self.exemplars]
-        labels = [torch.from_numpy(exemplar.label) for exemplar in self.exemplars]
-        patch = self.configuration_manager.patch_size
-        bank = ExemplarBank(images, labels, patch, self.device, reach(self.config.synthesis, patch))
-        classes = self.label_manager.num_segmentation_heads
-        weights = class_weights(bank.labels, classes, self.config.class_weighting)
-        pseudo_weights = class_weights(bank.labels, classes, self.config.pseudo_class_weighting)
-        batches = batch_sizes(self.config, self.batch_size)
+        config = self.config
+        if config.synthetic.enabled and not self._synthesises:
+            config = dataclasses.replace(config, synthetic=TermConfig(enabled=False))
+            self.print_to_log_file("Only slices of volumes are annotated, which no organ can be cut out of: no synthetic images.")
+            if not config.supervised.enabled:
+                raise CMEMSError(
+                    f"'supervised' is switched off ({self._config_source}) and the synthetic stream needs a wholly annotated volume; "
+                    "switch it on, or annotate a volume."
+                )
+        images, labels = _sources(self.exemplars)
+        patch, spacing = self.configuration_manager.patch_size, self.configuration_manager.spacing
+        bank = ExemplarBank(images, labels, patch, self.device, reach(config.synthesis, patch), spacing)
+        weights = self.label_space.weights(bank.labels, self.config.class_weighting)
+        pseudo_weights = self.label_space.weights(bank.labels, self.config.pseudo_class_weighting)
+        batches = batch_sizes(config, self.batch_size)
         self._objective = Objective(
-            self.config, bank, batches, weights.to(self.device), pseudo_weights.to(self.device), self._autocast
+            config, bank, batches, self.label_space, weights.to(self.device), pseudo_weights.to(self.device), self._autocast
         )
         self.print_to_log_file(
             f"Images a step: {batches.exemplar} exemplar and {batches.synthetic} synthetic views per member, {batches.unlabelled} "
-            f"unlabelled images; class weights {[round(float(weight), 2) for weight in weights]}"
+            f"unlabelled images; class weights {np.round(weights.tolist(), 2).tolist()}"
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -269,7 +349,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         random.setstate(state)
 
     def _class_names(self) -> dict[int, str]:
-        return {int(value): name for name, value in self.dataset_json["labels"].items()}
+        """The name of each value that a label map may have, for pictures."""
+        return dict(LabelValues.of(self.dataset_json).names)
 
     def train_step(self, batch: dict) -> dict:
         self.optimizer.zero_grad(set_to_none=True)
@@ -319,13 +400,46 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
-        self.history.add_epoch(train_outputs, self.current_epoch, self._class_names())
+        self.history.add_epoch(train_outputs, self.current_epoch, self.label_space.names)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        super().on_validation_epoch_end(val_outputs)
+        if val_outputs:
+            super().on_validation_epoch_end(val_outputs)
+        else:  # no validation labels
+            unknown = [float("nan")] * len(self.label_space.names)
+            for key, value in {"mean_fg_dice": float("nan"), "dice_per_class_or_region": unknown, "val_losses": float("nan")}.items():
+                self.logger.log(key, value, self.current_epoch)
         if self.hidden_labels is not None:
-            found = self.hidden_labels.accuracy(self.mutual_networks, self.config.tau, self.device, self._class_names())
+            found = self.hidden_labels.accuracy(self.mutual_networks, self.config.tau, self.device)
             self.history.add(found, self.current_epoch)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, where the fold has validation cases; then ``unlabelled.png``, a look at scans without labels."""
+        training, validation = self.do_split()
+        if len(validation):
+            super().perform_actual_validation(save_probabilities)
+        if self.local_rank == 0:
+            self._look_at_unlabelled(training, validation)
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+
+    def _look_at_unlabelled(self, training: Sequence[str], validation: Sequence[str]) -> None:
+        annotated = {spec["case"] for spec in self.my_init_kwargs[RECORD]["exemplars"]}
+        cases = find_unlabelled(self.preprocessed_dataset(), training, annotated, validation, self.fold)
+        if not cases:
+            return
+        self.set_deep_supervision_enabled(False)
+        self.network.eval()
+        on_device = self.device.type == "cuda"
+        predictor = nnUNetPredictor(device=self.device, perform_everything_on_device=on_device, allow_tqdm=False)
+        predictor.manual_initialization(
+            self.network, self.plans_manager, self.configuration_manager, None, self.dataset_json, type(self).__name__,
+            self.inference_allowed_mirroring_axes,
+        )  # fmt: skip
+        chosen = {case: cases[case] for case in sample(list(cases))}
+        looks = look_at(chosen, self.mutual_networks, predictor, _predict_with_one_network, self.label_space, self.label_manager)
+        path = os.path.join(self.output_folder, "unlabelled.png")
+        draw_looks(path, looks, self._class_names())
+        self.print_to_log_file(f"A look at {len(looks)} unlabelled scans: {path}")
 
     def on_epoch_end(self) -> None:
         self.history.complete(self.current_epoch)
@@ -397,19 +511,31 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             _seed_everything(self.config.seed + self.current_epoch)
 
 
+def label_space(labels: LabelManager) -> LabelSpace:
+    """What the networks' heads mean, in nnU-Net's order."""
+
+    def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+        return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)  # type: ignore[arg-type]
+
+    values = {name: as_tuple(value) for name, value in labels.label_dict.items() if name != "ignore"}
+    foreground = {name: value for name, value in values.items() if set(value) != {0}}
+    if labels.has_regions:
+        return Regions(tuple(foreground), labels.ignore_label, tuple(foreground.values()))
+    return Classes(tuple(sorted(foreground, key=lambda name: foreground[name])), labels.ignore_label)
+
+
 def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> None:
     """Raise a :class:`CMEMSError` for what works in nnU-Net but not here yet."""
     manager = PlansManager(plans)
     wanted = manager.get_configuration(configuration)
-    labels = manager.get_label_manager(dataset_json)
-    if len(wanted.patch_size) != 2:
-        raise CMEMSError(f"configuration '{configuration}' is 3D, which nnUNetTrainerCMEMS cannot train yet; use a 2D one (such as 2d).")
-    if labels.has_regions:
-        raise CMEMSError("dataset.json defines regions, which nnUNetTrainerCMEMS cannot train yet; define plain labels instead.")
-    if labels.has_ignore_label:
-        raise CMEMSError("dataset.json defines an ignore label, which nnUNetTrainerCMEMS cannot train with yet; remove it.")
+    try:
+        manager.get_label_manager(dataset_json)
+    except (AssertionError, RuntimeError) as error:
+        raise CMEMSError(f"nnU-Net cannot read the labels of dataset.json ({first_line(error)}); correct them.") from error
     if wanted.previous_stage_name is not None:
-        raise CMEMSError(f"configuration '{configuration}' is a cascade's second stage, which nnUNetTrainerCMEMS cannot train; use 2d.")
+        raise CMEMSError(
+            f"configuration '{configuration}' is a cascade's second stage, which nnUNetTrainerCMEMS cannot train; use 2d or 3d_fullres."
+        )
     if dist.is_available() and dist.is_initialized():
         raise CMEMSError("nnUNetTrainerCMEMS cannot train on several GPUs yet; leave out -num_gpus.")
 
@@ -441,6 +567,43 @@ def _predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tens
 
 
 nnUNetPredictor.predict_sliding_window_return_logits = _predict_like_folds
+
+
+def _turned(patch: Sequence[int], spacing: Sequence[float], angle: float, scale: tuple[float, float]) -> list[float]:
+    """Voxels that a patch needs so that it can be turned by ``angle`` (radians) and zoomed within ``scale``."""
+    spacing = [1000 * s for s in spacing]  # get_patch_size rounds to whole numbers
+    sides = [n * s for n, s in zip(patch, spacing, strict=True)]
+    planes = rotation_planes(spacing)
+    if len(planes) == 1:
+        turned = [side / min(scale) for side in sides]  # thick slices are not tilted
+        for axis, side in zip(planes[0], get_patch_size([sides[a] for a in planes[0]], (-angle, angle), 0, 0, scale), strict=True):
+            turned[axis] = side
+    else:
+        turned = list(get_patch_size(sides, *[(-angle, angle)] * 3, scale))
+    return [max(side / s, n) for side, s, n in zip(turned, spacing, patch, strict=True)]
+
+
+def _sources(exemplars: Sequence[Exemplar]) -> tuple[list[Tensor], list[Tensor | list[AnnotatedPlane]]]:
+    """The exemplars as the bank takes them: the annotated slices of one volume together."""
+    images: list[Tensor] = []
+    labels: list[Tensor | list[AnnotatedPlane]] = []
+    planes: dict[str, list[AnnotatedPlane]] = {}
+    for exemplar in exemplars:
+        if exemplar.plane is not None and exemplar.case in planes:
+            planes[exemplar.case].append(exemplar.plane)
+            continue
+        images.append(torch.from_numpy(exemplar.image))
+        if exemplar.plane is None:
+            labels.append(torch.from_numpy(exemplar.label))
+        else:
+            planes[exemplar.case] = [exemplar.plane]
+            labels.append(planes[exemplar.case])
+    return images, labels
+
+
+def _nothing() -> Iterator[dict]:
+    """An endless stream of empty batches."""
+    return iter(dict, None)
 
 
 def _seed_everything(seed: int) -> None:

@@ -20,7 +20,7 @@ class History:
     Keys: ``loss/<term>``, ``coverage/member_<i>`` (share of unlabelled pixels at or above tau),
     ``coverage_foreground/member_<i>`` (the same among pixels predicted as foreground), both by the member's own
     confidence,
-    ``agreement/<class>`` and ``agreement/mean`` (Dice between the members on unlabelled images),
+    ``agreement/<class or region>`` and ``agreement/mean`` (Dice between the members on unlabelled images),
     ``pseudo_label_*`` (against hidden labels; logged only). What an epoch lacks is NaN.
     """
 
@@ -46,8 +46,8 @@ class History:
         """Give every key that the epoch lacks a NaN, as nnU-Net's logger counts entries."""
         self.add({key: float("nan") for key, values in self.curves.items() if len(values) <= epoch}, epoch)
 
-    def add_epoch(self, outputs: Sequence[Mapping[str, Any]], epoch: int, class_names: Mapping[int, str]) -> None:
-        """Log what the steps of an epoch returned."""
+    def add_epoch(self, outputs: Sequence[Mapping[str, Any]], epoch: int, names: Sequence[str]) -> None:
+        """Log what the steps of an epoch returned; ``names`` are those of the foreground classes or regions."""
         values = {}
         for key in sorted({key for output in outputs for key in output if key.startswith("loss/")}):
             values[key] = float(np.mean([output[key] for output in outputs if key in output]))
@@ -57,7 +57,7 @@ class History:
             values[f"coverage_foreground/member_{member}"] = _ratio(row[2], row[3])
         agreement = sum(output["agreement"] for output in outputs if "agreement" in output)
         if isinstance(agreement, np.ndarray):
-            values.update(dice_values("agreement", agreement, class_names))
+            values.update(dice_values("agreement", agreement, names))
         self.add(values, epoch)
 
     def last_is_best(self) -> bool:
@@ -83,13 +83,12 @@ class History:
         plot_curves(self.curves, path)
 
 
-def dice_values(prefix: str, overlap: np.ndarray, class_names: Mapping[int, str]) -> dict[str, float]:
-    """Dice per class and their mean, from (2, K - 1) intersections and mean sizes.
+def dice_values(prefix: str, overlap: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Dice per class or region and their mean, from (2, F) intersections and mean sizes of the F ``names``.
 
     A class that neither shows is NaN; when none shows any, the mean is 0: two members that see
     nothing agree on nothing.
     """
-    names = [name for value, name in sorted(class_names.items()) if value > 0]
     dice = [_ratio(shared, size) for shared, size in overlap.T]
     known = [value for value in dice if not np.isnan(value)]
     return {**{f"{prefix}/{name}": value for name, value in zip(names, dice)}, f"{prefix}/mean": float(np.mean(known)) if known else 0.0}

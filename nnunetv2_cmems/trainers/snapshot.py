@@ -23,7 +23,7 @@ def draw_snapshot(
     offsets: Tensor | None,
     class_names: Mapping[int, str],
 ) -> None:
-    """Draw the (first) exemplar, four synthetic pairs, and an unlabelled image with its views.
+    """Draw the (first) exemplar, four synthetic pairs, and an unlabelled image with its views; of volumes a slice each.
 
     Args:
         path: the PNG to write.
@@ -38,15 +38,25 @@ def draw_snapshot(
     pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     while objective.batches.synthetic and len(pairs) < 4:
         synthetic = objective.synthetic_batch(crops, offsets)
-        pairs += [(_first_channel(i), label.cpu().numpy(), mask.cpu().numpy()) for i, label, mask in zip(*synthetic)]
+        pairs += [_shown(image, label, mask) for image, label, mask in zip(*synthetic)]
     views = {}
     if crops is not None and config.uses_unlabelled:
         views["unlabelled"] = _first_channel(crops[0])
         for member in range(1, config.num_members + 1):
             views[f"weak {member}"] = _first_channel(change_appearance(crops, config.weak)[0])
             views[f"strong {member}"] = _first_channel(change_appearance(crops, config.strong)[0])
-    plot_exemplar(path, exemplars[0].image[0], exemplars[0].label, pairs[:4], views, class_names)
+    plot_exemplar(path, *exemplars[0].picture, pairs[:4], views, class_names)
 
 
 def _first_channel(image: Tensor) -> np.ndarray:
-    return image[0].float().cpu().numpy()
+    """(C, (Z,) Y, X) to (Y, X): of a volume the middle slice."""
+    first = image[0].float().cpu().numpy()
+    return first[len(first) // 2] if first.ndim == 3 else first
+
+
+def _shown(image: Tensor, label: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A pair as (Y, X) arrays: of a volume the slice with the largest organs."""
+    if label.ndim == 3:
+        z = int((label > 0).sum(dim=(1, 2)).argmax())
+        image, label, mask = image[:, z], label[z], mask[z]
+    return image[0].float().cpu().numpy(), label.cpu().numpy(), mask.cpu().numpy()

@@ -1,0 +1,357 @@
+"""A raw data set as it lies on disk: labelled cases in ``imagesTr``/``labelsTr``, unlabelled scans in ``imagesUn``.
+
+Only file names and ``dataset.json`` are looked at here (and one scan, to learn which of nnU-Net's readers reads it).
+What the files contain is checked in :mod:`nnunetv2_cmems.data.preprocessing`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunetv2_cmems.data.annotation import LabelValues
+from nnunetv2_cmems.errors import CMEMSError, first_line
+
+IMAGES, LABELS, UNLABELLED = "imagesTr", "labelsTr", "imagesUn"
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """One case.
+
+    Attributes:
+        case: the case identifier.
+        images: the scan's files, one per channel (``_0000``, ``_0001``, ...), or one file that holds all channels.
+        label: the mask's file; ``None`` for an unlabelled scan.
+    """
+
+    case: str
+    images: tuple[str, ...]
+    label: str | None
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A raw data set.
+
+    Attributes:
+        name: ``DatasetXXX_Name``.
+        folder: its folder in ``nnUNet_raw``.
+        dataset_json: the content of its ``dataset.json``.
+        file_ending: of all its files, for example ``".nii.gz"``.
+        num_channels: input channels, as ``dataset.json`` names them.
+        labelled: cases with a mask, by identifier, sorted.
+        unlabelled: cases without one, by identifier, sorted.
+        has_unlabelled_folder: there is a folder ``imagesUn`` (which may be empty).
+    """
+
+    name: str
+    folder: str
+    dataset_json: dict[str, Any]
+    file_ending: str
+    num_channels: int
+    labelled: dict[str, RawCase] = field(default_factory=dict)
+    unlabelled: dict[str, RawCase] = field(default_factory=dict)
+    has_unlabelled_folder: bool = False
+
+    @property
+    def cases(self) -> dict[str, RawCase]:
+        """All cases, the labelled ones first."""
+        return {**self.labelled, **self.unlabelled}
+
+    @property
+    def values(self) -> LabelValues:
+        """The values that a mask may have."""
+        return LabelValues.of(self.dataset_json)
+
+    @property
+    def not_annotated(self) -> int:
+        """The value in a mask that means "not annotated": the ignore label, else the highest label + 1."""
+        return self.values.not_annotated
+
+    @property
+    def dataset_json_path(self) -> str:
+        return os.path.join(self.folder, "dataset.json")
+
+    @cached_property
+    def reader_class(self) -> type[BaseReaderWriter]:
+        """nnU-Net's reader/writer of the data set: the first that reads the data set's first readable scan.
+
+        Raises:
+            CMEMSError: there is no scan, or none that any of nnU-Net's readers can read.
+        """
+        for raw_case in self.cases.values():
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):  # nnU-Net prints tracebacks of its trials
+                reader: type[BaseReaderWriter] = determine_reader_writer_from_dataset_json(
+                    self.dataset_json, raw_case.images[0], verbose=False
+                )
+                return reader
+        if not self.cases:
+            raise CMEMSError(f"{self.folder} has no scans; put them into {IMAGES} (with masks in {LABELS}) and {UNLABELLED}.")
+        raise CMEMSError(
+            f"none of nnU-Net's readers can read a scan of {self.folder} (file ending '{self.file_ending}'); "
+            "repair the files, or correct 'file_ending' or 'overwrite_image_reader_writer' in dataset.json."
+        )
+
+    def reader(self) -> BaseReaderWriter:
+        """A reader/writer of the data set, see :attr:`reader_class`."""
+        return self.reader_class()
+
+
+def open_raw(dataset_name_or_id: str | int, *, require_labels: bool = True) -> RawDataset:
+    """The raw data set, by its name or number.
+
+    Args:
+        dataset_name_or_id: ``27``, ``"27"``, ``"027"`` or ``"Dataset027_ACDC"``.
+        require_labels: a scan in ``imagesTr`` without a mask is an error. If false, it counts as unlabelled.
+
+    Raises:
+        CMEMSError: ``nnUNet_raw`` is not set; there is no such data set, or several; ``dataset.json`` is missing,
+            unreadable or lacks something; a file name has no channel number; a channel is missing or one too many; a case
+            is in ``imagesTr`` and ``imagesUn`` at once; a scan has no mask, or a mask no scan.
+    """
+    folder = find_raw_folder(dataset_name_or_id)
+    content = _read_dataset_json(os.path.join(folder, "dataset.json"))
+    ending = content["file_ending"]
+    names = _channel_names(content)
+    if "dataset" in content:
+        images, labels = _listed_in_dataset_json(folder, content["dataset"])
+    else:
+        images = _scans(os.path.join(folder, IMAGES), ending)
+        labels = _masks(os.path.join(folder, LABELS), ending)
+    unlabelled = _scans(os.path.join(folder, UNLABELLED), ending)
+    both = sorted(set(images) & set(unlabelled))
+    if both:
+        raise CMEMSError(
+            f"case {_some(both)} {'is' if len(both) == 1 else 'are'} in {IMAGES} and {UNLABELLED} of {folder} at once; "
+            f"a scan with a mask belongs into {IMAGES} alone."
+        )
+    _check_masks(folder, images, labels, unlabelled, require_labels)
+    without = {case: files for case, files in images.items() if case not in labels}
+    dataset = RawDataset(
+        name=os.path.basename(folder),
+        folder=folder,
+        dataset_json=content,
+        file_ending=ending,
+        num_channels=len(names),
+        labelled={case: RawCase(case, tuple(files), labels[case]) for case, files in sorted(images.items()) if case in labels},
+        unlabelled={case: RawCase(case, tuple(files), None) for case, files in sorted({**unlabelled, **without}.items())},
+        has_unlabelled_folder=os.path.isdir(os.path.join(folder, UNLABELLED)),
+    )
+    _check_channels(dataset, names)
+    return dataset
+
+
+def source_state(raw_case: RawCase) -> dict[str, list[int]]:
+    """Size and modification time (ns) of a case's files, each under its folder's and its own name.
+
+    TIFF images keep their spacing in a file beside them, which counts as well.
+
+    Raises:
+        CMEMSError: a file is gone.
+    """
+    files = [*raw_case.images, *([raw_case.label] if raw_case.label is not None else [])]
+    spacings = [re.sub(r"(_\d{4})?\.tiff?$", ".json", path) for path in files]
+    try:
+        return {
+            "/".join(path.replace(os.sep, "/").split("/")[-2:]): [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+            for path in (*files, *(path for path in spacings if path not in files and os.path.isfile(path)))
+        }
+    except OSError as error:
+        raise CMEMSError(f"{error.filename} cannot be read ({error.strerror}); restore the file, or remove the case.") from error
+
+
+def find_raw_folder(dataset_name_or_id: str | int) -> str:
+    """The data set's folder in ``nnUNet_raw``.
+
+    Raises:
+        CMEMSError: ``nnUNet_raw`` is not set or no folder; there is no such data set, or several.
+    """
+    raw = os.environ.get("nnUNet_raw")
+    if not raw:
+        raise CMEMSError("the environment variable nnUNet_raw is not set; set it to the folder that holds the raw data sets.")
+    if not os.path.isdir(raw):
+        raise CMEMSError(f"nnUNet_raw is set to {raw}, which is not a folder; correct the environment variable.")
+    name = str(dataset_name_or_id)
+    folders = sorted(entry for entry in os.listdir(raw) if entry.startswith("Dataset") and os.path.isdir(os.path.join(raw, entry)))
+    if name.startswith("Dataset"):
+        found = [entry for entry in folders if entry == name]
+    elif name.isdecimal():
+        found = [entry for entry in folders if entry.startswith(f"Dataset{int(name):03d}_")]
+    else:
+        raise CMEMSError(f"'{name}' is no data set; give its ID, as in '-d 27', or its name, as in '-d Dataset027_ACDC'.")
+    if len(found) == 1:
+        return os.path.join(raw, found[0])
+    if found:
+        raise CMEMSError(f"in nnUNet_raw ({raw}) several data sets have the ID {int(name)} ({', '.join(found)}); give the name of one.")
+    there = f"; there are {_some(folders)}" if folders else ""
+    raise CMEMSError(f"in nnUNet_raw ({raw}) there is no data set {name}{there}. Correct -d or the environment variable.")
+
+
+def _read_dataset_json(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise CMEMSError(
+            f"{path} does not exist; write it, with the channels, the labels and the file ending, as nnU-Net's documentation of its "
+            "raw format describes."
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:  # a JSONDecodeError is a ValueError, as is a UnicodeDecodeError
+        raise CMEMSError(f"{path} cannot be read ({first_line(error)}); correct the file.") from error
+    if not isinstance(content, dict):
+        raise CMEMSError(f"{path} must hold an object with the keys labels, channel_names and file_ending; correct the file.")
+    missing = [key for key in ("labels", "channel_names", "file_ending") if key not in content]
+    if "modality" in content:
+        missing = [key for key in missing if key != "channel_names"]
+    if missing:
+        raise CMEMSError(f"{path} lacks {_some(missing)}; add {'it' if len(missing) == 1 else 'them'}, as nnU-Net's raw format asks for.")
+    names = _channel_names(content)
+    if not isinstance(names, dict) or sorted(names) != sorted(str(i) for i in range(len(names))) or not names:
+        raise CMEMSError(f'{path}: \'channel_names\' must number the channels from "0" upwards, as in {{"0": "MRI"}}; it is {names!r}.')
+    if not isinstance(content["file_ending"], str) or not content["file_ending"].startswith("."):
+        raise CMEMSError(f"{path}: 'file_ending' must be a file ending such as \".nii.gz\", not {content['file_ending']!r}.")
+    _check_labels(path, content)
+    return content
+
+
+def _channel_names(content: Mapping[str, Any]) -> dict[str, str]:
+    """Channel number -> name; older data sets call the key "modality"."""
+    names: dict[str, str] = content["channel_names"] if "channel_names" in content else content["modality"]
+    return names
+
+
+def _check_labels(path: str, content: Mapping[str, Any]) -> None:
+    """Let nnU-Net judge the labels, and speak for it."""
+    try:
+        if not isinstance(content["labels"], dict):
+            raise ValueError(f"'labels' must map each name to its value, but is {content['labels']!r}")
+        manager = LabelManager(content["labels"], content.get("regions_class_order"))
+        if list(manager.all_labels) != list(range(len(manager.all_labels))) or len(manager.all_labels) < 2:
+            raise ValueError(f"the label values must be 0, 1, 2, ... without a gap, but are {[int(v) for v in manager.all_labels]}")
+    except Exception as error:  # nnU-Net raises AssertionError, RuntimeError, TypeError, ...
+        raise CMEMSError(f"{path}: nnU-Net cannot use the labels ({first_line(error)}); correct them.") from error
+
+
+def _listed_in_dataset_json(folder: str, listed: Any) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Scans and masks of a ``dataset.json`` that lists its files, which nnU-Net allows as well."""
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(os.path.join(folder, os.path.expandvars(path)))
+
+    try:
+        images = {case: [absolute(path) for path in entry["images"]] for case, entry in listed.items()}
+        labels = {case: absolute(entry["label"]) for case, entry in listed.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CMEMSError(
+            f"{os.path.join(folder, 'dataset.json')}: 'dataset' must give 'images' and 'label' for each case; correct or remove it."
+        ) from error
+    for path in [*labels.values(), *(path for paths in images.values() for path in paths)]:
+        if not os.path.isfile(path):
+            raise CMEMSError(f"{path}, which {os.path.join(folder, 'dataset.json')} lists, does not exist; correct the list.")
+    return images, labels
+
+
+def _files(folder: str, ending: str) -> list[str]:
+    """Names of a folder's files of the data set's ending, sorted; hidden ones are nobody's scans."""
+    if not os.path.isdir(folder):
+        return []
+    entries = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+    files = [entry for entry in entries if entry.endswith(ending)]
+    if entries and not files:
+        raise CMEMSError(
+            f"{folder} has no file with the ending '{ending}' that dataset.json gives, but {_some(entries)}; "
+            "correct 'file_ending' or the files."
+        )
+    return files
+
+
+def _scans(folder: str, ending: str) -> dict[str, list[str]]:
+    """Case -> its files in the order of their channels."""
+    scans: dict[str, list[str]] = {}
+    for name in _files(folder, ending):
+        match = re.fullmatch(r"(.+)_(\d{4})", name[: -len(ending)])
+        if match is None:
+            stem = name[: -len(ending)]
+            raise CMEMSError(
+                f"{os.path.join(folder, name)} has no channel number in its name; nnU-Net wants it called {stem}_0000{ending}, "
+                f"its further channels {stem}_0001{ending} and so on."
+            )
+        case = match.group(1)
+        if case.endswith("_seg"):
+            raise CMEMSError(f"{os.path.join(folder, name)}: nnU-Net overlooks cases whose name ends with '_seg'; rename the case.")
+        if int(match.group(2)) != len(scans.setdefault(case, [])):  # sorted, so a gap shows here
+            raise CMEMSError(
+                f"case '{case}' in {folder} has {name} but lacks channel _{len(scans[case]):04d}; add the file or remove the case."
+            )
+        scans[case].append(os.path.join(folder, name))
+    return scans
+
+
+def _masks(folder: str, ending: str) -> dict[str, str]:
+    return {name[: -len(ending)]: os.path.join(folder, name) for name in _files(folder, ending)}
+
+
+def _check_masks(
+    folder: str, images: Mapping[str, Any], labels: Mapping[str, str], unlabelled: Mapping[str, Any], require_labels: bool
+) -> None:
+    for case, path in labels.items():
+        if case in unlabelled:
+            raise CMEMSError(f"{path} is a mask, but its scan lies in {UNLABELLED}; move the scan of case '{case}' to {IMAGES}.")
+        if case not in images:
+            raise CMEMSError(f"{path} is a mask without a scan: {IMAGES} of {folder} has no case '{case}'; correct the name or remove it.")
+    without = [case for case in images if case not in labels]
+    if require_labels and without:
+        raise CMEMSError(
+            f"{len(without)} scan(s) in {os.path.join(folder, IMAGES)} have no mask in {LABELS} ({_some(without)}); "
+            f"add the masks, or move the scans to {UNLABELLED}."
+        )
+
+
+def _check_channels(dataset: RawDataset, names: Mapping[str, str]) -> None:
+    """Every case must have as many files as there are channels, or one that holds all of them, as RGB images do."""
+    expected = dataset.num_channels
+    one_file_is_enough: bool | None = None
+    for raw_case in dataset.cases.values():
+        number = len(raw_case.images)
+        if number == expected:
+            continue
+        where = os.path.dirname(raw_case.images[0])
+        if number > expected:
+            raise CMEMSError(
+                f"case '{raw_case.case}' in {where} has {number} channels, of which dataset.json names {expected}; "
+                f"remove {os.path.basename(raw_case.images[expected])}, or name the channel in dataset.json."
+            )
+        if number == 1 and one_file_is_enough is None:
+            one_file_is_enough = _channels_in_file(dataset, raw_case.images[0]) == expected
+        if number > 1 or not one_file_is_enough:
+            raise CMEMSError(
+                f"case '{raw_case.case}' in {where} lacks channel _{number:04d} ({names[str(number)]!r} in dataset.json); "
+                "add the file or remove the case."
+            )
+
+
+def _channels_in_file(dataset: RawDataset, path: str) -> int:
+    """Channels that nnU-Net's reader finds in a single file; 0 where it cannot be read."""
+    try:
+        return int(dataset.reader().read_images((path,))[0].shape[0])
+    except Exception:  # readers raise anything; the file is reported by those that need it
+        return 0
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    """A few names for a sentence."""
+    names = list(names)
+    quoted: Sequence[str] = [f"'{name}'" for name in names[:limit]]
+    return ", ".join(quoted) + (f" and {len(names) - limit} more" if len(names) > limit else "")

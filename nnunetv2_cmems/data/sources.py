@@ -1,0 +1,124 @@
+"""Where the unlabelled images of a training come from: ``imagesUn``, and training cases whose labels stay unread."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from nnunetv2.paths import nnUNet_raw
+
+from nnunetv2_cmems.data.exemplar import PreprocessedDataset
+from nnunetv2_cmems.errors import CMEMSError, first_line
+
+MANIFEST = "cmems_preprocessing.json"
+"""File in the unlabelled folder that ``nnUNetv2_cmems plan_and_preprocess`` keeps its books in."""
+
+FEWEST_CASES_TO_SPLIT = 5
+"""nnU-Net's cross-validation has this many folds; with fewer labelled cases all of them are used for training."""
+
+_PREPROCESS = "run nnUNetv2_cmems plan_and_preprocess"
+
+
+def unlabelled_folder(folder: str) -> str:
+    """The sibling of a preprocessed folder that holds the scans of ``imagesUn``."""
+    return f"{os.path.normpath(folder)}_unlabelled"
+
+
+def takes_all_annotations(exemplar: Any, folder: str) -> bool:
+    """Whether a config's ``exemplar`` means everything that is annotated."""
+    return exemplar == "all" or (exemplar == "auto" and os.path.isdir(unlabelled_folder(folder)))
+
+
+def unlabelled_dataset(dataset: PreprocessedDataset) -> PreprocessedDataset | None:
+    """The preprocessed scans of ``imagesUn``; None where the data set has none.
+
+    Raises:
+        CMEMSError: there are scans in ``imagesUn`` that were not preprocessed, or preprocessing was interrupted.
+    """
+    folder = unlabelled_folder(dataset.folder)
+    if not os.path.isdir(folder):
+        raw = _raw_scans(dataset)
+        if raw:
+            raise CMEMSError(f"{raw} has scans that are not preprocessed for this configuration; {_PREPROCESS}.")
+        return None
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as file:
+            complete = json.load(file)["complete"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CMEMSError(f"{path} cannot be read ({first_line(error)}); {_PREPROCESS} again.") from error
+    if not complete:
+        raise CMEMSError(f"the preprocessing of {folder} was interrupted; {_PREPROCESS} again, it goes on where it stopped.")
+    return dataclasses.replace(dataset, folder=folder)
+
+
+def find_unlabelled(
+    dataset: PreprocessedDataset, training: Sequence[str], annotated: Collection[str], validation: Collection[str], fold: int | str
+) -> dict[str, PreprocessedDataset]:
+    """The unlabelled cases of a fold, and the preprocessed folder that each lies in; sorted.
+
+    These are the scans of ``imagesUn`` and the training cases that are no exemplars. A list ``"unlabelled"``
+    of the fold in ``splits_final.json`` replaces them.
+
+    Args:
+        dataset: the labelled cases' folder.
+        training: the fold's training cases.
+        annotated: the exemplars' cases.
+        validation: the fold's validation cases.
+        fold: its number, or ``"all"``.
+
+    Raises:
+        CMEMSError: see :func:`unlabelled_dataset`; a listed case does not exist, is an exemplar or a validation case;
+            a scan of ``imagesUn`` is a validation case.
+    """
+    others = unlabelled_dataset(dataset)
+    found = {case: dataset for case in training if case not in annotated}
+    if others is not None:
+        scans = others.dataset_class.get_identifiers(others.folder)
+        _refuse([case for case in scans if case in validation], "imagesUn", "a validation case of the fold")
+        _refuse([case for case in scans if case in annotated], "imagesUn", "annotated")
+        found.update(dict.fromkeys(scans, others))
+    path = os.path.join(os.path.dirname(os.path.normpath(dataset.folder)), "splits_final.json")
+    listed = _listed(path, fold)
+    if listed is not None:
+        missing = [case for case in listed if case not in found and case not in annotated and case not in validation]
+        if missing:
+            raise CMEMSError(f"{path} lists '{missing[0]}' as unlabelled, which is neither a scan of imagesUn nor a training case.")
+        _refuse([case for case in listed if case in validation], path, "a validation case of the fold")
+        _refuse([case for case in listed if case in annotated], path, "an exemplar")
+        found = {case: found[case] for case in listed}
+    return dict(sorted(found.items()))
+
+
+def _refuse(cases: Sequence[str], where: str, what: str) -> None:
+    if cases:
+        raise CMEMSError(f"'{cases[0]}' is an unlabelled case ({where}) and {what} at once; take it out of one of them.")
+
+
+def _listed(path: str, fold: int | str) -> list[str] | None:
+    """The cases that ``splits_final.json`` lists as unlabelled for a fold; None where it does not."""
+    if fold == "all" or not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            splits = json.load(file)
+        listed = splits[int(fold)].get("unlabelled") if int(fold) < len(splits) else None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CMEMSError(f"{path} cannot be read ({first_line(error)}); correct it, or delete it to have it made again.") from error
+    if listed is not None and (not isinstance(listed, list) or not all(isinstance(case, str) for case in listed)):
+        raise CMEMSError(f"{path}: 'unlabelled' of fold {fold} must be a list of case names; correct it.")
+    return listed
+
+
+def _raw_scans(dataset: PreprocessedDataset) -> str | None:
+    """The raw folder ``imagesUn`` of a preprocessed data set, if it exists and has scans."""
+    if not nnUNet_raw.is_set():
+        return None
+    name = os.path.basename(os.path.dirname(os.path.abspath(dataset.folder)))
+    folder = os.path.join(nnUNet_raw.get(), name, "imagesUn")
+    if os.path.isdir(folder) and any(entry.endswith(dataset.file_ending) for entry in os.listdir(folder)):
+        return folder
+    return None

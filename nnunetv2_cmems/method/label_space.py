@@ -1,0 +1,116 @@
+"""What the networks' heads mean: classes that exclude each other, or regions that may overlap.
+
+Label maps hold one integer per voxel. Losses, pseudo-labels and statistics live in head space: for classes
+that is the label map itself, (B, *spatial), for regions one map of 0 and 1 per region, (B, R, *spatial).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnunetv2_cmems.method.losses import class_weights
+
+
+class PseudoLabel(NamedTuple):
+    """What is decided about unlabelled images: labels in head space, and where they count (bool, same shape)."""
+
+    labels: Tensor
+    confident: Tensor
+
+
+@dataclass(frozen=True)
+class LabelSpace(ABC):
+    """From logits to decisions, and from label maps to targets.
+
+    Attributes:
+        names: the classes' or regions' names, in the order of the heads; without background.
+        ignore: the label value that means "not annotated", if there is one.
+    """
+
+    names: tuple[str, ...]
+    ignore: int | None = None
+
+    @abstractmethod
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, heads, *spatial) in single precision, from logits of the same shape."""
+
+    @abstractmethod
+    def target(self, labels: Tensor) -> Tensor:
+        """A label map (B, *spatial) in head space. What is unknown (negative) becomes background."""
+
+    @abstractmethod
+    def decide(self, probabilities: Tensor, tau: float) -> PseudoLabel:
+        """Hard labels in head space, and where their confidence reaches ``tau``."""
+
+    @abstractmethod
+    def masks(self, labels: Tensor) -> Iterator[Tensor]:
+        """(B, *spatial) bool for each of ``names``, from labels in head space."""
+
+    @abstractmethod
+    def weights(self, labels: Sequence[Tensor], exponent: float) -> Tensor:
+        """Cross-entropy weights from label maps of any shape, see :func:`~nnunetv2_cmems.method.losses.class_weights`."""
+
+
+class Classes(LabelSpace):
+    """Softmax over the background and the classes. Label values are 0, 1, 2, ... in the order of the heads.
+
+    Weights are (K,), one per class, the background first.
+    """
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.float().softmax(1)
+
+    def target(self, labels: Tensor) -> Tensor:
+        return labels.clamp_min(0)
+
+    def decide(self, probabilities: Tensor, tau: float) -> PseudoLabel:
+        confidence, labels = probabilities.max(1)
+        return PseudoLabel(labels, confidence >= tau)
+
+    def masks(self, labels: Tensor) -> Iterator[Tensor]:
+        return (labels == k for k in range(1, len(self.names) + 1))
+
+    def weights(self, labels: Sequence[Tensor], exponent: float) -> Tensor:
+        return class_weights(labels, len(self.names) + 1, exponent)
+
+
+@dataclass(frozen=True)
+class Regions(LabelSpace):
+    """A sigmoid for each region, decided on its own.
+
+    Weights are (R, 2): per region that of its outside and that of its inside, by their own frequencies.
+
+    Attributes:
+        values: the label values that make up each region.
+    """
+
+    values: tuple[tuple[int, ...], ...] = ()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.float().sigmoid()
+
+    def target(self, labels: Tensor) -> Tensor:
+        return torch.stack([self._inside(labels, region) for region in self.values], 1)
+
+    def decide(self, probabilities: Tensor, tau: float) -> PseudoLabel:
+        return PseudoLabel(probabilities > 0.5, torch.maximum(probabilities, 1 - probabilities) >= tau)
+
+    def masks(self, labels: Tensor) -> Iterator[Tensor]:
+        return (mask > 0 for mask in labels.unbind(1))
+
+    def weights(self, labels: Sequence[Tensor], exponent: float) -> Tensor:
+        def inside(region: tuple[int, ...]) -> list[Tensor]:
+            return [torch.where(label < 0, -1, self._inside(label, region).long()) for label in labels]
+
+        return torch.stack([class_weights(inside(region), 2, exponent) for region in self.values])
+
+    @staticmethod
+    def _inside(labels: Tensor, region: tuple[int, ...]) -> Tensor:
+        return reduce(torch.logical_or, [labels == value for value in region])
