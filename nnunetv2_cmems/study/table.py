@@ -3,7 +3,8 @@
     python -m nnunetv2_cmems.study.table -d 27 -c 2d_small -r results/exemplar_1 results/exemplar_2 --montage montage.png
 
 Each folder after ``-r`` is an ``nnUNet_results`` folder of one exemplar (or seed). A method's row gives the
-mean over these folders and, behind it, their standard deviation.
+mean over these folders and, behind it, their standard deviation. Folders of predictions that nnU-Net has
+evaluated are shown by ``--predictions``, each with its mean and standard deviation over the cases.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_cmems.data.annotation import LabelValues
-from nnunetv2_cmems.errors import CMEMSError, show_errors_as_sentences
+from nnunetv2_cmems.errors import CMEMSError, first_line, show_errors_as_sentences
 from nnunetv2_cmems.study.pictures import montage
 
 Dice = dict[str, dict[str, float]]
@@ -37,8 +39,20 @@ def read_validation(fold_folder: str, class_names: Mapping[str, str]) -> Dice:
     path = os.path.join(fold_folder, "validation", "summary.json")
     if not os.path.isfile(path):
         raise CMEMSError(f"{path} does not exist; finish the training, or run nnUNetv2_train with --val.")
-    with open(path, encoding="utf-8") as file:
-        summary = json.load(file)
+    return read_summary(path, class_names)
+
+
+def read_summary(path: str, class_names: Mapping[str, str]) -> Dice:
+    """The Dice of each case and class (and their mean) from a summary of nnU-Net's evaluation.
+
+    Raises:
+        CMEMSError: the file cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            summary = json.load(file)
+    except (OSError, ValueError) as error:
+        raise CMEMSError(f"{path} cannot be read ({first_line(error)}); run nnUNetv2_evaluate_folder again.") from error
     found = {}
     for case in summary["metric_per_case"]:
         name = os.path.basename(case["prediction_file"]).split(".")[0]
@@ -65,6 +79,39 @@ def markdown_table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         cells = [_cell([100 * result[column] for result in results]) for column in columns]
         lines.append(f"| {method} | {len(results)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def predictions_table(folders: Sequence[str]) -> str:
+    """A Markdown table: a row per folder of predictions, ``mean ± standard deviation`` of the Dice over its cases.
+
+    Args:
+        folders: written by ``nnUNetv2_predict`` and evaluated by ``nnUNetv2_evaluate_folder``.
+
+    Raises:
+        CMEMSError: a folder has no evaluation, or lacks what ``nnUNetv2_predict`` writes.
+    """
+    lines = ["| predictions | cases | mean | classes |", "|---|---|---|---|"]
+    for folder in folders:
+        path = os.path.join(folder, "dataset.json")
+        if not os.path.isfile(path):
+            raise CMEMSError(f"{path} does not exist; {folder} was not written by nnUNetv2_predict.")
+        with open(path, encoding="utf-8") as file:
+            names = label_names(json.load(file))
+        dice = read_summary(os.path.join(folder, "summary.json"), names)
+        shown = {name: [100 * case[name] for case in dice.values() if not np.isnan(case[name])] for name in [*names.values(), "mean"]}
+        cells = {name: _cell(values) if values else "-" for name, values in shown.items()}
+        classes = ", ".join(f"{name} {cells[name]}" for name in names.values())
+        lines.append(f"| {os.path.basename(os.path.normpath(folder))} | {len(dice)} | {cells['mean']} | {classes} |")
+    return "\n".join(lines)
+
+
+def label_names(description: Mapping[str, Any]) -> dict[str, str]:
+    """The foreground labels or regions of a ``dataset.json``, as nnU-Net's summaries write them, to their names."""
+    return {
+        str(tuple(value) if isinstance(value, list) else value): name
+        for name, value in description["labels"].items()
+        if value != 0 and name != "ignore"
+    }
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -136,23 +183,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     parser = argparse.ArgumentParser(prog="python -m nnunetv2_cmems.study.table", description=__doc__)
-    parser.add_argument("-d", required=True, help="data set, name or id")
+    parser.add_argument("-d", help="data set, name or id")
     parser.add_argument("-c", default="2d_small", help="configuration")
     parser.add_argument("-p", default="nnUNetPlans", help="plans identifier")
     parser.add_argument("-f", default="0", help="fold")
-    parser.add_argument("-r", nargs="+", required=True, help="results folders, one per exemplar or seed")
+    parser.add_argument("-r", nargs="+", help="results folders, one per exemplar or seed")
+    parser.add_argument("--predictions", nargs="+", help="instead of -d and -r: folders that nnUNetv2_evaluate_folder has evaluated")
     parser.add_argument("--montage", help="PNG with the best, median and worst case of the first results folder")
     parser.add_argument("--trainers", nargs="+", help="trainers, in the table's order; default: all that are found")
     args = parser.parse_args(arguments)
+    if args.predictions:
+        print(predictions_table(args.predictions))
+        return
+    if not (args.d and args.r):
+        parser.error("-d and -r, or --predictions, are needed")
 
     dataset = maybe_convert_to_dataset_name(int(args.d) if args.d.isdigit() else args.d)
     with open(os.path.join(nnUNet_preprocessed.get(), dataset, "dataset.json"), encoding="utf-8") as file:
         description = json.load(file)
-    class_names = {
-        str(tuple(value) if isinstance(value, list) else value): name
-        for name, value in description["labels"].items()
-        if value != 0 and name != "ignore"
-    }
+    class_names = label_names(description)
     colours = {value: name for value, name in LabelValues.of(description).names.items() if value > 0}
     folds = find_folds(args.r, dataset, args.p, args.c, args.f)
     missing = [trainer for trainer in args.trainers or () if trainer not in folds]
