@@ -184,7 +184,11 @@ class CMEMSConfig:
         num_epochs: length of the training in epochs.
         iterations_per_epoch: optimiser steps an epoch (nnU-Net's 250).
         val_iterations_per_epoch: batches of the online validation an epoch (nnU-Net's 50).
-        initial_lr: learning rate at the start of nnU-Net's polynomial decay (nnU-Net's 0.01).
+        optimizer: ``"adamw"``, or nnU-Net's ``"sgd"`` (Nesterov momentum 0.99, weight decay 3e-5).
+        initial_lr: learning rate at the start of nnU-Net's polynomial decay; ``None``: 0.005 for AdamW, nnU-Net's
+            0.01 for SGD.
+        lr_warmup: AdamW: fraction of the training over which the learning rate grows from 0.
+        weight_decay: AdamW's decoupled weight decay.
         exemplar_batch: exemplar images a step and member; ``None``: a quarter of the plans' batch
             size. The shares of streams that are switched off go to the supervised streams.
         synthetic_batch: synthetic images a step and member; ``None``: a quarter, likewise.
@@ -198,6 +202,8 @@ class CMEMSConfig:
         dice_weight: weight of the soft Dice loss beside cross-entropy, in the supervised terms.
         class_weighting: exponent of the inverse class frequency in the supervised cross-entropy's
             class weights, taken from the exemplars. 0: none; 1: full inverse frequency.
+        final_class_weighting: its value at the end of the training; it changes linearly from one to the other. High
+            weights find small organs early, low ones draw their borders where they are.
         pseudo_dice_weight: ``dice_weight`` of the two consistency terms.
         pseudo_class_weighting: ``class_weighting`` of the two consistency terms.
         exemplar_views: deformation of exemplar images.
@@ -223,7 +229,10 @@ class CMEMSConfig:
     num_epochs: int = _between(1, 10**6, 200)
     iterations_per_epoch: int = _between(1, 10**6, 250)
     val_iterations_per_epoch: int = _between(1, 10**6, 50)
-    initial_lr: float = _between(1e-8, 10.0, 1e-2)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    initial_lr: float | None = _between(1e-8, 10.0, None)
+    lr_warmup: float = _between(0.0, 1.0, 0.05)
+    weight_decay: float = _between(0.0, 1.0, 1e-2)
     exemplar_batch: int | None = _between(1, 4096, None)
     synthetic_batch: int | None = _between(1, 4096, None)
     unlabelled_batch: int | None = _between(1, 4096, None)
@@ -234,6 +243,7 @@ class CMEMSConfig:
     tau: float = _between(0.0, 1.0, 0.95)
     dice_weight: float = _between(0.0, 1000.0, 1.0)
     class_weighting: float = _between(0.0, 1.0, 1.0)
+    final_class_weighting: float = _between(0.0, 1.0, 0.0)
     pseudo_dice_weight: float = _between(0.0, 1000.0, 1.0)
     pseudo_class_weighting: float = _between(0.0, 1.0, 0.0)
     exemplar_views: SpatialConfig = SpatialConfig(rotation=45.0, scale=(0.6, 1.5), elastic=0.08)
@@ -258,6 +268,15 @@ class CMEMSConfig:
     def uses_unlabelled(self) -> bool:
         """Whether any consistency term is switched on."""
         return self.image.enabled or self.feature.enabled
+
+    @property
+    def learning_rate(self) -> float:
+        """``initial_lr``, or the optimiser's own."""
+        return self.initial_lr if self.initial_lr is not None else {"adamw": 5e-3, "sgd": 1e-2}[self.optimizer]
+
+    def class_weighting_at(self, progress: float) -> float:
+        """The exponent at ``progress`` in [0, 1], the fraction of the training that is done."""
+        return self.class_weighting + (self.final_class_weighting - self.class_weighting) * progress
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, from which :func:`with_overrides` makes an equal config."""

@@ -36,6 +36,8 @@ def change_everything(values: dict[str, Any]) -> dict[str, Any]:
     others: dict[str, Any] = {
         "exemplar": [{"case": "b", "slice": 2, "axis": None}],
         "best_checkpoint": "validation_dice",
+        "optimizer": "sgd",
+        "initial_lr": 0.25,
         "low_resolution": 3.5,
     }
     changed = {}

@@ -193,7 +193,7 @@ def test_class_weights_of_the_supervised_and_of_the_taught_pixels() -> None:
         (None, None, (wrong + 7 * right) / 8),
         ([0.0, 1.0, 1.0], [1.0, 3.0, 1.0], (3 * wrong + 7 * right) / 10),
     ]:
-        made.supervised_weights = None if supervised is None else torch.tensor(supervised)
+        made.supervised_weights = None if supervised is None else lambda _, values=supervised: torch.tensor(values)
         made.pseudo_weights = None if pseudo is None else torch.tensor(pseudo)
         network = FakeNetwork([teacher, teacher], [certain(2, sure=4.0)] * 2)
         network.supervised = 2.0  # says background, which the weights above leave out

@@ -206,6 +206,7 @@ def test_without_mutual_teaching_there_is_no_unlabelled_stream(workspace: Worksp
 def test_each_preset_changes_only_the_config() -> None:
     default = CMEMSConfig()
     expected = {
+        "nnUNetTrainerCMEMS_paper": {"optimizer": "sgd", "final_class_weighting": 1.0},
         "nnUNetTrainerCMEMS_exemplarOnly": {"num_members": 1, "synthetic": OFF, "image": OFF, "feature": OFF},
         "nnUNetTrainerCMEMS_noSynthesis": {"synthetic": OFF},
         "nnUNetTrainerCMEMS_imageOnly": {"feature": OFF},
@@ -222,6 +223,7 @@ def test_each_preset_changes_only_the_config() -> None:
 @pytest.mark.parametrize(
     ("name", "members", "terms"),
     [
+        ("nnUNetTrainerCMEMS_paper", 2, {"supervised", "synthetic", "image", "feature"}),
         ("nnUNetTrainerCMEMS", 2, {"supervised", "synthetic", "image", "feature"}),
         ("nnUNetTrainerCMEMS_exemplarOnly", 1, {"supervised"}),
         ("nnUNetTrainerCMEMS_noSynthesis", 2, {"supervised", "image", "feature"}),
@@ -247,6 +249,43 @@ def test_each_preset_trains(workspace: Workspace, name: str, members: int, terms
 # ------------------------------------------------------------------ going on
 
 
+def test_the_learning_rate_warms_up_and_decays_per_step(workspace: Workspace) -> None:
+    workspace.configure(num_epochs=2, iterations_per_epoch=4, lr_warmup=0.25, initial_lr=0.01)
+    trainer, rates = workspace.make(), []
+    step = trainer.train_step
+    trainer.train_step = lambda batch: (step(batch), rates.append(trainer.optimizer.param_groups[0]["lr"]))[0]
+    trainer.run_training()
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    expected = [0.01 * (1 - i / 8) ** 0.9 * min(1.0, (i + 1) / 2) for i in range(8)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_resumed_run_has_the_learning_rate_of_its_progress(workspace: Workspace) -> None:
+    workspace.configure(num_epochs=3)
+    workspace.interrupted(2)
+    resumed = workspace.resume()
+    resumed.run_training()
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.005 * (1 - 5 / 6) ** 0.9)
+
+
+def test_sgd_is_nnunets_own(workspace: Workspace) -> None:
+    workspace.configure(optimizer="sgd")
+    trainer = workspace.make()
+    trainer.initialize()
+    own = nnUNetTrainer.configure_optimizers(trainer)
+    assert type(trainer.optimizer) is type(own[0]) and trainer.optimizer.defaults == own[0].defaults
+    assert type(trainer.lr_scheduler) is type(own[1]) and trainer.initial_lr == 0.01
+
+
+def test_class_weights_move_to_their_final_value(workspace: Workspace) -> None:
+    workspace.configure(class_weighting=1.0, final_class_weighting=0.0)
+    trainer = workspace.make()
+    trainer.on_train_start()
+    weights_at = trainer._objective.supervised_weights
+    assert weights_at(0.0)[0] < weights_at(0.5)[0] < 1.0 and weights_at(0.0)[1:].min() > 1.0
+    assert weights_at(1.0).tolist() == pytest.approx([1.0] * 4)
+
+
 def test_continued_training_counts_on(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace.configure(num_epochs=3)
     stopped = workspace.interrupted(epochs=2)
@@ -255,7 +294,7 @@ def test_continued_training_counts_on(workspace: Workspace, monkeypatch: pytest.
     assert resumed.current_epoch == 2
     assert same_weights(weights(resumed), weights(stopped))
     momentum, expected = (
-        [state["momentum_buffer"] for state in trainer.optimizer.state_dict()["state"].values()] for trainer in (resumed, stopped)
+        [state["exp_avg"] for state in trainer.optimizer.state_dict()["state"].values()] for trainer in (resumed, stopped)
     )
     assert momentum and all(torch.equal(a, b) for a, b in zip(momentum, expected, strict=True))
     resumed.run_training()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nnunetv2_cmems.method.losses import class_weights
+from nnunetv2_cmems.method.losses import class_counts, weights_from
 
 
 class PseudoLabel(NamedTuple):
@@ -54,8 +54,12 @@ class LabelSpace(ABC):
         """(B, *spatial) bool for each of ``names``, from labels in head space."""
 
     @abstractmethod
+    def counts(self, labels: Sequence[Tensor]) -> Tensor:
+        """Pixels that the cross-entropy's weights are made of, from label maps of any shape."""
+
     def weights(self, labels: Sequence[Tensor], exponent: float) -> Tensor:
-        """Cross-entropy weights from label maps of any shape, see :func:`~nnunetv2_cmems.method.losses.class_weights`."""
+        """Cross-entropy weights from label maps of any shape, see :func:`~nnunetv2_cmems.method.losses.weights_from`."""
+        return weights_from(self.counts(labels), exponent)
 
 
 class Classes(LabelSpace):
@@ -77,8 +81,8 @@ class Classes(LabelSpace):
     def masks(self, labels: Tensor) -> Iterator[Tensor]:
         return (labels == k for k in range(1, len(self.names) + 1))
 
-    def weights(self, labels: Sequence[Tensor], exponent: float) -> Tensor:
-        return class_weights(labels, len(self.names) + 1, exponent)
+    def counts(self, labels: Sequence[Tensor]) -> Tensor:
+        return class_counts(labels, len(self.names) + 1)
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,11 @@ class Regions(LabelSpace):
     def masks(self, labels: Tensor) -> Iterator[Tensor]:
         return (mask > 0 for mask in labels.unbind(1))
 
-    def weights(self, labels: Sequence[Tensor], exponent: float) -> Tensor:
+    def counts(self, labels: Sequence[Tensor]) -> Tensor:
         def inside(region: tuple[int, ...]) -> list[Tensor]:
             return [torch.where(label < 0, -1, self._inside(label, region).long()) for label in labels]
 
-        return torch.stack([class_weights(inside(region), 2, exponent) for region in self.values])
+        return torch.stack([class_counts(inside(region), 2) for region in self.values])
 
     @staticmethod
     def _inside(labels: Tensor, region: tuple[int, ...]) -> Tensor:

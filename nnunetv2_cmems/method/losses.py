@@ -9,22 +9,30 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def class_weights(labels: Sequence[Tensor], num_classes: int, exponent: float) -> Tensor:
+def class_counts(labels: Sequence[Tensor], num_classes: int) -> Tensor:
+    """Pixels of each class, (K,) float64; ``labels`` are integer maps of any shape, negative values do not count."""
+    return torch.stack([torch.stack([(label == k).sum() for label in labels]).sum() for k in range(num_classes)]).double()
+
+
+def weights_from(counts: Tensor, exponent: float) -> Tensor:
     """Cross-entropy weights, ``frequency ** -exponent``, scaled so that the mean over pixels is 1.
 
     Args:
-        labels: integer label maps of any shape; negative values do not count.
-        num_classes: K. A class that no label shows gets the weight of the rarest one that is shown.
+        counts: (..., K) pixels of each class. One that is not shown gets the weight of the rarest that is.
         exponent: 0 gives equal weights, 1 the full inverse frequency.
 
     Returns:
-        (K,) float weights.
+        (..., K) float weights. Nothing waits for the device.
     """
-    counts = torch.stack([torch.stack([(label == k).sum() for label in labels]).sum() for k in range(num_classes)]).double()
-    frequency = counts / counts.sum()
-    frequency = torch.where(counts > 0, frequency, frequency[counts > 0].min())
-    weights = frequency**-exponent
-    return (weights / (weights * counts / counts.sum()).sum()).float()
+    total = counts.sum(-1, keepdim=True)
+    rarest = torch.where(counts > 0, counts, total).amin(-1, keepdim=True)
+    weights = (torch.where(counts > 0, counts, rarest) / total) ** -exponent
+    return (weights / (weights * counts / total).sum(-1, keepdim=True)).float()
+
+
+def class_weights(labels: Sequence[Tensor], num_classes: int, exponent: float) -> Tensor:
+    """(K,) weights from label maps, see :func:`weights_from` and :func:`class_counts`."""
+    return weights_from(class_counts(labels, num_classes), exponent)
 
 
 def deep_supervision_weights(num_scales: int) -> list[float]:

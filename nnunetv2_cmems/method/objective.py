@@ -82,7 +82,7 @@ class Objective:
         bank: the exemplars.
         batches: images of each stream.
         space: what the networks' heads mean.
-        supervised_weights: weights of the supervised cross-entropy, from ``space``, or None.
+        supervised_weights: weights of the supervised cross-entropy at a fraction of the training, or None.
         pseudo_weights: weights of the consistency's cross-entropy, from ``space``, or None.
         autocast: makes the context in which the networks run.
     """
@@ -93,7 +93,7 @@ class Objective:
         bank: ExemplarBank,
         batches: Batches,
         space: LabelSpace,
-        supervised_weights: Tensor | None,
+        supervised_weights: Callable[[float], Tensor] | None,
         pseudo_weights: Tensor | None,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
@@ -136,7 +136,7 @@ class Objective:
 
         terms: dict[str, list[Tensor]] = {}
         for output, batch in zip(outputs, supervised):
-            self._supervised_terms(terms, output, batch)
+            self._supervised_terms(terms, output, batch, progress)
         statistics: dict[str, Tensor] = {}
         if u_w is not None:
             probabilities = [self.space.probabilities(output.weak) for output in outputs if output.weak is not None]
@@ -190,8 +190,9 @@ class Objective:
         backgrounds = deform(organs.backgrounds, move)
         return synthesise(organs, backgrounds, crops, config.synthesis, is_unlabelled, unknown=unknown, spacing=self.bank.spacing)
 
-    def _supervised_terms(self, terms: dict[str, list[Tensor]], output: MemberOutput, batch: Supervised) -> None:
+    def _supervised_terms(self, terms: dict[str, list[Tensor]], output: MemberOutput, batch: Supervised, progress: float) -> None:
         assert output.supervised is not None
+        weights = None if self.supervised_weights is None else self.supervised_weights(progress)
         parts = {"supervised": slice(0, batch.num_exemplar), "synthetic": slice(batch.num_exemplar, None)}
         for name, part in parts.items():
             if len(batch.labels[part]):
@@ -199,7 +200,7 @@ class Objective:
                     [scale[part] for scale in output.supervised],
                     self.space.target(batch.labels[part]),
                     batch.mask[part],
-                    weights=self.supervised_weights,
+                    weights=weights,
                     dice_weight=self.config.dice_weight,
                 )
                 terms.setdefault(name, []).append(loss)

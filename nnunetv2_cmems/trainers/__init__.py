@@ -6,6 +6,7 @@ from nnunetv2_cmems.trainers.presets import (
     nnUNetTrainerCMEMS_featureOnly,
     nnUNetTrainerCMEMS_imageOnly,
     nnUNetTrainerCMEMS_noSynthesis,
+    nnUNetTrainerCMEMS_paper,
 )
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "nnUNetTrainerCMEMS_featureOnly",
     "nnUNetTrainerCMEMS_imageOnly",
     "nnUNetTrainerCMEMS_noSynthesis",
+    "nnUNetTrainerCMEMS_paper",
 ]

@@ -39,6 +39,7 @@ from nnunetv2_cmems.data.validation import ValidationLoader
 from nnunetv2_cmems.errors import CMEMSError, first_line, show_errors_as_sentences
 from nnunetv2_cmems.method.exemplars import ExemplarBank
 from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
+from nnunetv2_cmems.method.losses import weights_from
 from nnunetv2_cmems.method.networks import MutualNetworks, count_members, splits
 from nnunetv2_cmems.method.objective import Objective, batch_sizes
 from nnunetv2_cmems.method.perturbations import rotation_planes
@@ -47,6 +48,7 @@ from nnunetv2_cmems.method.synthesis import reach
 from nnunetv2_cmems.trainers.first_look import draw_looks, look_at, sample
 from nnunetv2_cmems.trainers.hidden_labels import HiddenLabels
 from nnunetv2_cmems.trainers.history import History
+from nnunetv2_cmems.trainers.optimizer import WarmedUpPoly
 from nnunetv2_cmems.trainers.snapshot import draw_snapshot
 
 _predict_with_one_network = nnUNetPredictor.predict_sliding_window_return_logits
@@ -88,7 +90,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def _use(self, config: CMEMSConfig) -> None:
         self.config = config
-        self.initial_lr = config.initial_lr
+        self.initial_lr = config.learning_rate
         self.num_epochs = config.num_epochs
         self.num_iterations_per_epoch = config.iterations_per_epoch
         self.num_val_iterations_per_epoch = config.val_iterations_per_epoch
@@ -148,6 +150,14 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             )
         # nnU-Net's -pretrained_weights expects one plain network
         run_training.load_pretrained_weights = _load_pretrained_into_every_member
+
+    def configure_optimizers(self) -> tuple[Any, Any]:
+        """AdamW, whose rate is set per step; or nnU-Net's own."""
+        if self.config.optimizer == "sgd":
+            return super().configure_optimizers()
+        config = self.config
+        optimizer = torch.optim.AdamW(self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        return optimizer, WarmedUpPoly(optimizer, config.learning_rate, config.lr_warmup)
 
     # ------------------------------------------------------------------ data
 
@@ -325,15 +335,20 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         images, labels = _sources(self.exemplars)
         patch, spacing = self.configuration_manager.patch_size, self.configuration_manager.spacing
         bank = ExemplarBank(images, labels, patch, self.device, reach(config.synthesis, patch), spacing)
-        weights = self.label_space.weights(bank.labels, self.config.class_weighting)
+        counts = self.label_space.counts(bank.labels).to(self.device)
+
+        def weights(progress: float) -> Tensor:
+            return weights_from(counts, config.class_weighting_at(progress))
+
         pseudo_weights = self.label_space.weights(bank.labels, self.config.pseudo_class_weighting)
         batches = batch_sizes(config, self.batch_size)
         self._objective = Objective(
-            config, bank, batches, self.label_space, weights.to(self.device), pseudo_weights.to(self.device), self._autocast
+            config, bank, batches, self.label_space, weights, pseudo_weights.to(self.device), self._autocast
         )
+        first, last = (np.round(weights(progress).tolist(), 2).tolist() for progress in (0.0, 1.0))
         self.print_to_log_file(
             f"Images a step: {batches.exemplar} exemplar and {batches.synthetic} synthetic views per member, {batches.unlabelled} "
-            f"unlabelled images; class weights {np.round(weights.tolist(), 2).tolist()}"
+            f"unlabelled images; class weights {first} at the start, {last} at the end"
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -354,6 +369,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.lr_scheduler, WarmedUpPoly):
+            self.lr_scheduler.set(self._progress(), self.num_epochs * self.num_iterations_per_epoch)
         unlabelled, offsets = self._unlabelled(batch)
         step = self._objective(self.network, unlabelled, self._progress(), offsets)
         scaler = self.grad_scaler

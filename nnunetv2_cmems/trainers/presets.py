@@ -1,4 +1,4 @@
-"""Ablations: trainers that change the config and nothing else."""
+"""The method as published, and ablations: trainers that change the config and nothing else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from nnunetv2_cmems.trainers.cmems import nnUNetTrainerCMEMS
 
 _OFF = TermConfig(enabled=False)
 _DEFAULT = CMEMSConfig()
+
+
+class nnUNetTrainerCMEMS_paper(nnUNetTrainerCMEMS):
+    """The method as En & Guo describe it, in nnU-Net's own training: SGD, constant class weights, nothing of ours beyond that.
+
+    What the paper leaves open (weights, ramps, strengths of perturbations) has our defaults.
+    """
+
+    config = dataclasses.replace(_DEFAULT, optimizer="sgd", final_class_weighting=1.0)
 
 
 class nnUNetTrainerCMEMS_exemplarOnly(nnUNetTrainerCMEMS):
