@@ -185,8 +185,9 @@ class CMEMSConfig:
         iterations_per_epoch: optimiser steps an epoch (nnU-Net's 250).
         val_iterations_per_epoch: batches of the online validation an epoch (nnU-Net's 50).
         optimizer: ``"adamw"``, or nnU-Net's ``"sgd"`` (Nesterov momentum 0.99, weight decay 3e-5).
-        initial_lr: learning rate at the start of nnU-Net's polynomial decay; ``None``: 0.005 for AdamW, nnU-Net's
-            0.01 for SGD.
+        initial_lr: learning rate at the start of nnU-Net's polynomial decay; ``None``: for SGD nnU-Net's 0.01, for
+            AdamW 0.064 by the channels of the network's first stage: 0.008 at 8 channels, where we measured it, and
+            0.002 at nnU-Net's 32, where we have not. (Adam's steps do not shrink as layers get wider.)
         lr_warmup: AdamW: fraction of the training over which the learning rate grows from 0.
         weight_decay: AdamW's decoupled weight decay.
         exemplar_batch: exemplar images a step and member; ``None``: a quarter of the plans' batch
@@ -269,10 +270,11 @@ class CMEMSConfig:
         """Whether any consistency term is switched on."""
         return self.image.enabled or self.feature.enabled
 
-    @property
-    def learning_rate(self) -> float:
-        """``initial_lr``, or the optimiser's own."""
-        return self.initial_lr if self.initial_lr is not None else {"adamw": 5e-3, "sgd": 1e-2}[self.optimizer]
+    def learning_rate(self, channels: int) -> float:
+        """``initial_lr``, or the optimiser's own for a network whose first stage has so many channels."""
+        if self.initial_lr is not None:
+            return self.initial_lr
+        return 0.064 / channels if self.optimizer == "adamw" else 0.01
 
     def class_weighting_at(self, progress: float) -> float:
         """The exponent at ``progress`` in [0, 1], the fraction of the training that is done."""

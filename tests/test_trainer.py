@@ -265,7 +265,14 @@ def test_a_resumed_run_has_the_learning_rate_of_its_progress(workspace: Workspac
     workspace.interrupted(2)
     resumed = workspace.resume()
     resumed.run_training()
-    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.005 * (1 - 5 / 6) ** 0.9)
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.008 * (1 - 5 / 6) ** 0.9)
+
+
+def test_wide_networks_get_a_lower_rate() -> None:
+    config = CMEMSConfig()
+    assert config.learning_rate(8) == pytest.approx(0.008) and config.learning_rate(32) == pytest.approx(0.002)
+    assert dataclasses.replace(config, optimizer="sgd").learning_rate(32) == 0.01
+    assert dataclasses.replace(config, initial_lr=0.3).learning_rate(32) == 0.3
 
 
 def test_sgd_is_nnunets_own(workspace: Workspace) -> None:

@@ -21,6 +21,8 @@ PROG = "nnUNetv2_cmems"
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("nnunetv2_cmems.commands.demo", "train from one annotated slice of made-up scans and show what comes out"),
     "export": ("nnunetv2_cmems.commands.export", "write a model folder that nnU-Net predicts with, also without this package"),
+    "suggest": ("nnunetv2_cmems.commands.suggest", "say which slice to annotate first, and write an empty mask for it"),
+    "plan_and_preprocess": ("nnunetv2_cmems.commands.plan_and_preprocess", "nnU-Net's planning and preprocessing, with unlabelled scans"),
     "trainer_path": ("nnunetv2_cmems.commands.trainer_path", "print the folder for the variable nnUNet_extTrainer"),
 }
 """Subcommand -> (module, one line for the help)."""

@@ -438,17 +438,55 @@ def contact_sheet(
     if not rows:
         raise ValueError("there is no row to draw.")
     scans = [_SheetRow(*row) for row in rows]
+    figure = _sheet(scans, class_names, title, _SHEET_PIXELS)
+    _save(figure, path)
+    too_large = os.path.getsize(path) / _SHEET_BYTES
+    if too_large > 1:  # noise compresses badly
+        _save(_sheet(scans, class_names, title, figure.bbox.width * figure.bbox.height / too_large), path)
+
+
+_A4_WIDTH = 8.27  # inches
+_LEGEND_COLUMNS = 5
+_HEAT = "inferno"
+_SHEET_PIXELS = 1_400_000
+_SHEET_BYTES = 1_300_000
+_MOST_PIXELS = 320  # along a side, of what a contact sheet shows of a slice
+
+
+class _SheetRow:
+    """A scan of a contact sheet: its text, and its arrays, cut down to what shows something and no finer than can be seen."""
+
+    def __init__(
+        self, case: str, index: int | None, agreement: float, image: np.ndarray, mask: np.ndarray, disagreement: np.ndarray
+    ) -> None:
+        checked = _Panel(case, image, mask)
+        heat = np.nan_to_num(np.asarray(disagreement, dtype=np.float32)).clip(0, 1)
+        if heat.shape != checked.image.shape:
+            raise ValueError(f"the disagreement of case '{case}' has shape {heat.shape}, its image {checked.image.shape}.")
+        lines = [case[i : i + 22] for i in range(0, len(case), 22)]  # in full: cases often differ in their last characters alone
+        lines += [f"slice {index}"] * (index is not None) + [f"agreement {agreement:.2f}"] * bool(np.isfinite(agreement))
+        self.text = "\n".join(lines)
+        self.has_agreement = bool(np.isfinite(agreement))
+        low, high = checked.window
+        self.mask = np.asarray(mask)
+        part = _bounding_box((checked.image > low + 0.05 * (high - low)) | (self.mask > 0))
+        step = max(1, -(-max(self.mask[part].shape) // _MOST_PIXELS))
+        self.mask, self.image, self.disagreement = (array[part][::step, ::step] for array in (self.mask, checked.image, heat))
+
+
+def _sheet(scans: Sequence[_SheetRow], class_names: Mapping[int, str], title: str, pixels: float) -> Figure:
+    """A contact sheet of at most so many pixels."""
     colours = _class_colours(class_names)
     handles = [Patch(facecolor=to_rgba(colours[v], 0.45), edgecolor=colours[v], label=class_names[v]) for v in colours]
     if {value for scan in scans for value in _values(scan.mask)} - set(colours):
         handles.append(Patch(facecolor=to_rgba(_GREY, 0.45), edgecolor=_GREY, label="other label"))
+    doubt = "where the members disagree" if any(scan.has_agreement for scan in scans) else "where it is unsure"
 
-    doubt = "where the members disagree" if any(np.isfinite(row[2]) for row in rows) else "where it is unsure"
     text_width, panel_width, tallest = 1.6, 2.05, float(np.clip(15 / len(scans), 1.5, 2.6))
     heights = [min(panel_width * _Panel("scan", scan.image).height, tallest) for scan in scans]
-    below = 0.22 * -(-len(handles) // _LEGEND_COLUMNS)
-    height = sum(heights) + 0.06 * len(heights) + 0.5 + below + 0.3 * bool(title)
-    dpi = min(_DPI, (_SHEET_PIXELS / (_A4_WIDTH * height)) ** 0.5)
+    columns = min(_LEGEND_COLUMNS, len(handles))
+    height = sum(heights) + 0.06 * len(heights) + 0.5 + 0.22 * -(-len(handles) // _LEGEND_COLUMNS) + 0.3 * bool(title)
+    dpi = min(_DPI, (pixels / (_A4_WIDTH * height)) ** 0.5)
     figure = Figure(figsize=(_A4_WIDTH, height), dpi=dpi, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
@@ -467,36 +505,8 @@ def contact_sheet(
     scale = figure.colorbar(ScalarMappable(Normalize(0, 1), _HEAT), cax=figure.add_subplot(grid[0, 4]), ticks=[0, 0.5, 1])
     scale.ax.tick_params(labelsize=8)
     if handles:
-        columns = min(_LEGEND_COLUMNS, len(handles))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, columnspacing=1.4)
-    _save(figure, path)
-
-
-_A4_WIDTH = 8.27  # inches
-_LEGEND_COLUMNS = 5
-_HEAT = "inferno"
-_SHEET_PIXELS = 1_300_000  # of a whole contact sheet, to keep its file small
-_MOST_PIXELS = 320  # along a side, of what a contact sheet shows of a slice
-
-
-class _SheetRow:
-    """A scan of a contact sheet: its text, and its arrays, cut down to what shows something and no finer than can be seen."""
-
-    def __init__(
-        self, case: str, index: int | None, agreement: float, image: np.ndarray, mask: np.ndarray, disagreement: np.ndarray
-    ) -> None:
-        checked = _Panel(case, image, mask)
-        heat = np.nan_to_num(np.asarray(disagreement, dtype=np.float32)).clip(0, 1)
-        if heat.shape != checked.image.shape:
-            raise ValueError(f"the disagreement of case '{case}' has shape {heat.shape}, its image {checked.image.shape}.")
-        lines = [case[i : i + 22] for i in range(0, len(case), 22)]  # in full: cases often differ in their last characters alone
-        lines += [f"slice {index}"] * (index is not None) + [f"agreement {agreement:.2f}"] * bool(np.isfinite(agreement))
-        self.text = "\n".join(lines)
-        low, high = checked.window
-        self.mask = np.asarray(mask)
-        part = _bounding_box((checked.image > low + 0.05 * (high - low)) | (self.mask > 0))
-        step = max(1, -(-max(self.mask[part].shape) // _MOST_PIXELS))
-        self.mask, self.image, self.disagreement = (array[part][::step, ::step] for array in (self.mask, checked.image, heat))
+    return figure
 
 
 def _bounding_box(inside: np.ndarray, margin: float = 0.04) -> tuple[slice, slice]:

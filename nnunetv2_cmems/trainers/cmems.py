@@ -90,7 +90,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def _use(self, config: CMEMSConfig) -> None:
         self.config = config
-        self.initial_lr = config.learning_rate
+        channels = self.configuration_manager.network_arch_init_kwargs.get("features_per_stage", [32])
+        self.initial_lr = config.learning_rate(channels[0] if isinstance(channels, (list, tuple)) else int(channels))
         self.num_epochs = config.num_epochs
         self.num_iterations_per_epoch = config.iterations_per_epoch
         self.num_val_iterations_per_epoch = config.val_iterations_per_epoch
@@ -156,8 +157,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if self.config.optimizer == "sgd":
             return super().configure_optimizers()
         config = self.config
-        optimizer = torch.optim.AdamW(self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        return optimizer, WarmedUpPoly(optimizer, config.learning_rate, config.lr_warmup)
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=config.weight_decay)
+        return optimizer, WarmedUpPoly(optimizer, self.initial_lr, config.lr_warmup)
 
     # ------------------------------------------------------------------ data
 
