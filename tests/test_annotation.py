@@ -82,6 +82,9 @@ def test_a_two_dimensional_image() -> None:
     assert read_annotation(mask, VALUES, "m").planes is None
     mask[mask == 0] = 3
     assert read_annotation(mask, VALUES, "m").planes == ((0, 0),)
+    mask[0, :, :12] = 0
+    mask[0, 3:6, 3:6] = 1
+    assert read_annotation(mask, VALUES, "m").planes == ((0, 0),), "wholly annotated columns are no planes"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import CASES, DATASET, TRAINING, VALIDATION, Workspace, same_weights, weights
+from conftest import CASES, CONFIGURATION, DATASET, TRAINING, VALIDATION, Workspace, same_weights, weights
 from PIL import Image
 
+from nnunetv2_cmems.data.preprocessing import configuration_signature
 from nnunetv2_cmems.data.sources import MANIFEST, unlabelled_folder
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS, nnUNetTrainerCMEMS_exemplarOnly
@@ -194,6 +195,17 @@ def test_interrupted_preprocessing_is_not_trained_on(workspace: Workspace) -> No
     (folder / MANIFEST).write_text("{")
     with pytest.raises(CMEMSError, match=MANIFEST):
         workspace.train(fold="all")
+
+
+def test_scans_preprocessed_with_other_plans(workspace: Workspace) -> None:
+    folder = move_to_unlabelled(workspace, SCANS)
+    signature = configuration_signature(workspace.plans(), CONFIGURATION)
+    (folder / MANIFEST).write_text(json.dumps({"complete": True, "configuration_signature": signature}))
+    workspace.train(fold="all")
+    plans = workspace.plans()
+    plans["configurations"][CONFIGURATION]["normalization_schemes"] = ["RescaleTo01Normalization"]
+    with pytest.raises(CMEMSError, match="was preprocessed with other plans; run nnUNetv2_cmems plan_and_preprocess again"):
+        workspace.train(fold="all", plans=plans)
 
 
 def test_scans_that_were_never_preprocessed(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,8 @@ def read_annotation(mask: np.ndarray, values: LabelValues, path: str) -> Annotat
     occupied = [_occupied(annotated, axis) for axis in range(3)]
     if annotated.all() or (annotated.mean() > 0.5 and all(len(o) == n for o, n in zip(occupied, mask.shape, strict=True) if n > 1)):
         return Annotation(None, classes)
-    planes = _whole_planes(annotated)
+    flat = [(axis, 0) for axis, n in enumerate(mask.shape) if n == 1]
+    planes = flat[:1] or _whole_planes(annotated)  # the lines of a single image are no planes
     if planes is None:
         axis = min(range(3), key=lambda a: (len(occupied[a]), a))
         planes = [(axis, i) for i in occupied[axis]]

@@ -32,11 +32,16 @@ def takes_all_annotations(exemplar: Any, folder: str) -> bool:
     return exemplar == "all" or (exemplar == "auto" and os.path.isdir(unlabelled_folder(folder)))
 
 
-def unlabelled_dataset(dataset: PreprocessedDataset) -> PreprocessedDataset | None:
+def unlabelled_dataset(dataset: PreprocessedDataset, signature: str | None = None) -> PreprocessedDataset | None:
     """The preprocessed scans of ``imagesUn``; None where the data set has none.
 
+    Args:
+        dataset: the labelled cases' folder.
+        signature: of the plans, see :func:`~nnunetv2_cmems.data.preprocessing.configuration_signature`; None: not compared.
+
     Raises:
-        CMEMSError: there are scans in ``imagesUn`` that were not preprocessed, or preprocessing was interrupted.
+        CMEMSError: there are scans in ``imagesUn`` that were not preprocessed, preprocessing was interrupted, or was
+            done with other plans.
     """
     folder = unlabelled_folder(dataset.folder)
     if not os.path.isdir(folder):
@@ -47,16 +52,24 @@ def unlabelled_dataset(dataset: PreprocessedDataset) -> PreprocessedDataset | No
     path = os.path.join(folder, MANIFEST)
     try:
         with open(path, encoding="utf-8") as file:
-            complete = json.load(file)["complete"]
+            manifest = json.load(file)
+        complete, made_with = manifest["complete"], manifest.get("configuration_signature", signature)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CMEMSError(f"{path} cannot be read ({first_line(error)}); {_PREPROCESS} again.") from error
     if not complete:
         raise CMEMSError(f"the preprocessing of {folder} was interrupted; {_PREPROCESS} again, it goes on where it stopped.")
+    if signature is not None and made_with != signature:
+        raise CMEMSError(f"{folder} was preprocessed with other plans; {_PREPROCESS} again.")
     return dataclasses.replace(dataset, folder=folder)
 
 
 def find_unlabelled(
-    dataset: PreprocessedDataset, training: Sequence[str], annotated: Collection[str], validation: Collection[str], fold: int | str
+    dataset: PreprocessedDataset,
+    training: Sequence[str],
+    annotated: Collection[str],
+    validation: Collection[str],
+    fold: int | str,
+    signature: str | None = None,
 ) -> dict[str, PreprocessedDataset]:
     """The unlabelled cases of a fold, and the preprocessed folder that each lies in; sorted.
 
@@ -69,12 +82,13 @@ def find_unlabelled(
         annotated: the exemplars' cases.
         validation: the fold's validation cases.
         fold: its number, or ``"all"``.
+        signature: of the plans, see :func:`unlabelled_dataset`.
 
     Raises:
         CMEMSError: see :func:`unlabelled_dataset`; a listed case does not exist, is an exemplar or a validation case;
             a scan of ``imagesUn`` is a validation case.
     """
-    others = unlabelled_dataset(dataset)
+    others = unlabelled_dataset(dataset, signature)
     found = {case: dataset for case in training if case not in annotated}
     if others is not None:
         scans = others.dataset_class.get_identifiers(others.folder)

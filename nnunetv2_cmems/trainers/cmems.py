@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch._dynamo import OptimizedModule
 from nnunetv2_cmems.config import CMEMSConfig, ExemplarSpec, TermConfig, differences, load_config, with_overrides
 from nnunetv2_cmems.data.annotation import LabelValues
 from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset, choose_exemplar, list_annotated, load_exemplars
+from nnunetv2_cmems.data.preprocessing import configuration_signature
 from nnunetv2_cmems.data.sources import FEWEST_CASES_TO_SPLIT, find_unlabelled, takes_all_annotations, unlabelled_folder
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader, check_images
 from nnunetv2_cmems.data.validation import ValidationLoader
@@ -178,7 +179,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         dataset = self.preprocessed_dataset()
         self.exemplars = self._find_exemplars(training, dataset)
         annotated = {exemplar.case for exemplar in self.exemplars}
-        unlabelled = find_unlabelled(dataset, training, annotated, validation, self.fold)
+        unlabelled = self._find_unlabelled(dataset, training, annotated, validation)
         if self._needs_unlabelled and not unlabelled:
             raise CMEMSError(
                 f"fold {self.fold} has no unlabelled training case beside the exemplar ({', '.join(sorted(annotated))}); put scans into "
@@ -277,6 +278,12 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         elif not specs:
             specs = [choose_exemplar(training, dataset, self.config.allow_missing_classes)]
         return load_exemplars(specs, training, dataset, self.config.allow_missing_classes)
+
+    def _find_unlabelled(
+        self, dataset: PreprocessedDataset, training: Sequence[str], annotated: Collection[str], validation: Collection[str]
+    ) -> dict[str, PreprocessedDataset]:
+        signature = configuration_signature(self.plans_manager.plans, self.configuration_name)
+        return find_unlabelled(dataset, training, annotated, validation, self.fold, signature)
 
     def _record(self, unlabelled: Sequence[str]) -> None:
         """Write down what is trained: into the log, the fold's folder and every checkpoint."""
@@ -442,7 +449,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def _look_at_unlabelled(self, training: Sequence[str], validation: Sequence[str]) -> None:
         annotated = {spec["case"] for spec in self.my_init_kwargs[RECORD]["exemplars"]}
-        cases = find_unlabelled(self.preprocessed_dataset(), training, annotated, validation, self.fold)
+        cases = self._find_unlabelled(self.preprocessed_dataset(), training, annotated, validation)
         if not cases:
             return
         self.set_deep_supervision_enabled(False)
