@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains every method of docs/results.md on ACDC at a size that a CPU can train, and prints the table.
 #
-#   docs/acdc_small.sh SPLITS OUT
+#   docs/acdc_small.sh SPLITS OUT [TRAINER ...]
 #
-# SPLITS  splits_final.json of the patient-wise split (70 patients to train, 10 to validate)
-# OUT     folder for the preprocessed data and the results
+# SPLITS   splits_final.json of the patient-wise split (70 patients to train, 10 to validate)
+# OUT      folder for the preprocessed data and the results
+# TRAINER  only these, without the prefix nnUNetTrainerCMEMS: "" (the whole method), _paper, _exemplarOnly, ...
 #
 # nnUNet_raw must hold Dataset027_ACDC. Two runs at a time with one thread each; about an hour on two cores.
 # Finished runs are skipped, so that an interrupted call can be repeated.
@@ -12,6 +13,7 @@ set -euo pipefail
 splits=$(realpath "${1:?usage: acdc_small.sh SPLITS OUT}")
 mkdir -p "${2:?usage: acdc_small.sh SPLITS OUT}"
 out=$(realpath "$2")
+shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 export nnUNet_preprocessed=$out/preprocessed nnUNet_results=$out/results
 export OMP_NUM_THREADS=1 nnUNet_def_n_proc=1
@@ -32,23 +34,31 @@ exemplars=('"auto"' '[{"case": "patient026_frame01", "slice": 4}]' '[{"case": "p
 # Epochs of 100 steps; methods that do fewer network passes a step get more epochs, so that all cost the same.
 declare -A epochs=(
     [nnUNetTrainerCMEMS]=5
+    [nnUNetTrainerCMEMS_paper]=5
     [nnUNetTrainerCMEMS_noSynthesis]=5
     [nnUNetTrainerCMEMS_imageOnly]=6
     [nnUNetTrainerCMEMS_featureOnly]=6
     [nnUNetTrainerCMEMS_exemplarOnly]=10
 )
 
+trainers=()
+for suffix in "${@:-}" ; do trainers+=("nnUNetTrainerCMEMS$suffix"); done
+if [ $# -eq 0 ]; then
+    trainers=(nnUNetTrainerCMEMS nnUNetTrainerCMEMS_imageOnly nnUNetTrainerCMEMS_featureOnly nnUNetTrainerCMEMS_noSynthesis
+        nnUNetTrainerCMEMS_paper nnUNetTrainerCMEMS_exemplarOnly)
+fi
+
 jobs_file=$out/jobs
 : >"$jobs_file"
 for number in 1 2 3; do
-    for trainer in "${!epochs[@]}"; do
+    for trainer in "${trainers[@]}"; do
         config=$out/exemplar_$number.$trainer.json
         echo "{\"exemplar\": ${exemplars[number - 1]}, \"num_epochs\": ${epochs[$trainer]}, \"iterations_per_epoch\": 100," \
             "\"val_iterations_per_epoch\": 5, \"checkpoint_every\": 1, \"seed\": $number}" >"$config"
         echo "$out/exemplar_$number $trainer $config" >>"$jobs_file"
     done
 done
-echo "$out/every_label nnUNetTrainer_5epochs -" >>"$jobs_file"
+[ ${#trainers[@]} -lt 6 ] || echo "$out/every_label nnUNetTrainer_5epochs -" >>"$jobs_file"
 
 # nnUNetv2_train -device cpu takes as many threads as there are cores; here it is to take one.
 train() {
@@ -70,7 +80,5 @@ export -f run train
 export configuration
 xargs -P 2 -L 1 bash -c 'run "$0" "$1" "$2"' <"$jobs_file"
 
-python -m nnunetv2_cmems.study.table -d 27 -c $configuration -r "$out"/exemplar_? --montage "$here/acdc_small.png" --trainers \
-    nnUNetTrainerCMEMS nnUNetTrainerCMEMS_imageOnly nnUNetTrainerCMEMS_featureOnly nnUNetTrainerCMEMS_noSynthesis \
-    nnUNetTrainerCMEMS_exemplarOnly
-python -m nnunetv2_cmems.study.table -d 27 -c $configuration -r "$out/every_label"
+python -m nnunetv2_cmems.study.table -d 27 -c $configuration -r "$out"/exemplar_? --montage "$here/acdc_small.png" --trainers "${trainers[@]}"
+[ ${#trainers[@]} -lt 6 ] || python -m nnunetv2_cmems.study.table -d 27 -c $configuration -r "$out/every_label"
