@@ -33,6 +33,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from tqdm import tqdm
 
@@ -608,7 +609,9 @@ def make_plans(
         _copy_if_there("splits_final.json", dataset.folder, raw)
         _copy_if_there("splits_final.json", folder, preprocessed)
         try:
-            with _environment(nnUNet_raw=os.path.dirname(raw), nnUNet_preprocessed=os.path.dirname(preprocessed)):
+            threads = str(max(1, get_allowed_n_proc_DA()))  # nnU-Net's planner fails where no loader processes are wanted
+            folders = {"nnUNet_raw": os.path.dirname(raw), "nnUNet_preprocessed": os.path.dirname(preprocessed)}
+            with _environment(**folders, nnUNet_n_proc_DA=threads):
                 with contextlib.redirect_stdout(printed):
                     planner = planner_class(
                         dataset.name,
