@@ -30,7 +30,7 @@ from nnunetv2_cmems.data.suggestion import (
     viewer_place,
 )
 from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.study.pictures import _class_colours, plot_suggestion
+from nnunetv2_cmems.study.pictures import class_colours, plot_suggestion
 
 HELP = """\
 Say which slice to annotate first, and write an empty mask to paint it into.
@@ -386,7 +386,7 @@ def _write_label_tables(dataset: RawDataset, output: str) -> None:
     """Label descriptions for ITK-SNAP, which hide "not annotated" so that the scan can be seen, and a colour table for 3D Slicer,
     which else gives labels numbers of its own."""
     names = _label_names(dataset)
-    colours = {value: tuple(round(255 * part) for part in to_rgb(colour)) for value, colour in _class_colours(names).items()}
+    colours = {value: tuple(round(255 * part) for part in to_rgb(colour)) for value, colour in class_colours(names).items()}
     snap = ["# ITK-SnAP Label Description File", "# index, red, green, blue, opacity, visible, visible in 3D, name"]
     snap += ['0 0 0 0 0 0 0 "background"']
     snap += [f'{value} {red} {green} {blue} 1 1 1 "{names[value]}"' for value, (red, green, blue) in colours.items()]
@@ -424,14 +424,14 @@ def _instructions(dataset: RawDataset, first: RawCase, note: str, brought: Seque
     """What to do with the suggestions."""
     if not dataset.unlabelled:
         return []
-    value = dataset.not_annotated
+    value, names = dataset.not_annotated, _label_names(dataset)
     target = os.path.join(dataset.folder, LABELS)
     lines = [
         "What to do:",
         "1. Look at the pictures and take the first one that shows what you want to label.",
         "2. Open its scan in ITK-SNAP or 3D Slicer, its mask as the segmentation, and the names and colours of the labels:",
         f"   {os.path.join(output, ITK_SNAP)} or {SLICER} beside it.",
-        "3. On the slice that is named, paint all that you see of: " + ", ".join(f"{value} = {name}" for value, name in _label_names(dataset).items()) + ".",
+        "3. On the slice that is named, paint all that you see of: " + ", ".join(f"{v} = {name}" for v, name in names.items()) + ".",
         f"   What you leave unpainted on that slice counts as background (0). The value {value} fills the mask and means \"not",
         "   annotated\": leave it on all other slices.",
         f"4. Save the mask as {os.path.join(target, '<case>' + dataset.file_ending)}, for the first suggestion",

@@ -238,7 +238,7 @@ def rank_exemplars(cases: Sequence[str], dataset: PreprocessedDataset, allow_mis
     visits: dict[str, int] = {}
     turn = []
     for i in order:
-        patient = _patient(offered[i].case)
+        patient = patient_of(offered[i].case)
         turn.append(visits.get(patient, 0))
         visits[patient] = turn[-1] + 1
     return [offered[i] for _, i in sorted(zip(turn, order, strict=True), key=lambda pair: pair[0])]
@@ -497,7 +497,7 @@ def _middle_one(slices: Sequence[ExemplarSpec]) -> ExemplarSpec:
     return slices[(len(slices) - 1) // 2]
 
 
-def _patient(case: str) -> str:
+def patient_of(case: str) -> str:
     """The name up to and including its first number."""
     match = re.match(r"\D*\d+", case)
     return match.group() if match else case

@@ -239,7 +239,7 @@ def _with_reason(error: CMEMSError, printed: str) -> str:
 def _look_into(job: _LookJob, look: _Look) -> None:
     raw_case, rng = job.raw_case, np.random.default_rng([_SEED, zlib.crc32(job.raw_case.case.encode())])
     reader = job.reader_class()
-    images, properties = _read_scan(reader, raw_case, job.num_channels)
+    images, properties = read_raw_scan(reader, raw_case, job.num_channels)
     annotation = None
     if raw_case.label is not None:
         mask = _read_mask(reader, raw_case.label, raw_case.images[0], images.shape[1:], properties)
@@ -272,7 +272,7 @@ def complete_annotation(mask: np.ndarray, annotation: Annotation, not_annotated:
     return labels
 
 
-def _read_scan(reader: BaseReaderWriter, raw_case: RawCase, num_channels: int) -> tuple[np.ndarray, dict[str, Any]]:
+def read_raw_scan(reader: BaseReaderWriter, raw_case: RawCase, num_channels: int) -> tuple[np.ndarray, dict[str, Any]]:
     """The scan (C, Z, Y, X) and its properties, as nnU-Net's reader delivers them."""
     path = raw_case.images[0]
     which = path if len(raw_case.images) == 1 else f"{path} or another channel of it"
@@ -281,7 +281,7 @@ def _read_scan(reader: BaseReaderWriter, raw_case: RawCase, num_channels: int) -
             _check_whole(file)
         images, properties = reader.read_images(raw_case.images)
     except Exception as error:  # readers raise anything
-        raise ScanDefect(f"{which} cannot be read ({_reason(error)}); repair or remove the scan.") from error
+        raise ScanDefect(f"{which} cannot be read ({why_unreadable(error)}); repair or remove the scan.") from error
     if images.ndim != 4 or images.shape[0] != num_channels:
         raise ScanDefect(
             f"{path} has {images.shape[0]} channels or components where dataset.json names {num_channels}; "
@@ -300,7 +300,7 @@ def _read_mask(
         _check_whole(path)
         mask, properties = reader.read_seg(path)
     except Exception as error:  # as above
-        raise CMEMSError(f"{path} cannot be read ({_reason(error)}); repair the mask.") from error
+        raise CMEMSError(f"{path} cannot be read ({why_unreadable(error)}); repair the mask.") from error
     if mask.shape[0] != 1:
         raise CMEMSError(f"{path} has {mask.shape[0]} channels or components; a mask has one, with the labels' values.")
     difference = _geometry_difference(shape, image_properties, mask.shape[1:], properties)
@@ -353,7 +353,7 @@ def _times(numbers: Iterable[float]) -> str:
     return " x ".join(f"{n:.6g}" for n in numbers)
 
 
-def _reason(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     """The telling line of a reader's error: ITK's first line names a file of ITK's."""
     lines = [line for line in str(error).splitlines() if "sitk::ERROR" in line]
     return lines[0].removeprefix("sitk::ERROR: ") if lines else first_line(error)

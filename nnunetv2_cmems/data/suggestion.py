@@ -31,8 +31,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from torch.nn import functional
 from tqdm import tqdm
 
-from nnunetv2_cmems.data.exemplar import _patient
-from nnunetv2_cmems.data.planning import ScanDefect, _read_scan, _reason, in_processes
+from nnunetv2_cmems.data.exemplar import patient_of
+from nnunetv2_cmems.data.planning import ScanDefect, in_processes, read_raw_scan, why_unreadable
 from nnunetv2_cmems.data.raw import UNLABELLED, RawCase, RawDataset
 from nnunetv2_cmems.errors import CMEMSError
 
@@ -172,10 +172,10 @@ def _typicality(scan: ScanSummary, whole: np.ndarray, num_scans: int) -> np.ndar
 def _new_patients_first(suggestions: Sequence[Suggestion], annotated: Collection[str]) -> list[Suggestion]:
     visits: dict[str, int] = {}
     for case in annotated:
-        visits[_patient(case)] = visits.get(_patient(case), 0) + 1
+        visits[patient_of(case)] = visits.get(patient_of(case), 0) + 1
     turns = []
     for suggestion in suggestions:
-        patient = _patient(suggestion.case)
+        patient = patient_of(suggestion.case)
         turns.append(visits.get(patient, 0))
         visits[patient] = turns[-1] + 1
     return [suggestions[i] for i in sorted(range(len(suggestions)), key=lambda i: turns[i])]  # sorting keeps the order of equals
@@ -263,7 +263,7 @@ def read_scan(raw: RawCase, reader: BaseReaderWriter, num_channels: int) -> tupl
     Raises:
         ScanDefect: the scan is unreadable, or has NaN or infinite values.
     """
-    return _read_scan(reader, raw, num_channels)
+    return read_raw_scan(reader, raw, num_channels)
 
 
 def quiet_itk() -> None:
@@ -313,7 +313,7 @@ def _read_header(raw: RawCase) -> Any:
     try:
         header.ReadImageInformation()
     except RuntimeError as error:
-        raise ScanDefect(f"{raw.images[0]} cannot be read ({_reason(error)}); repair or remove the scan.") from error
+        raise ScanDefect(f"{raw.images[0]} cannot be read ({why_unreadable(error)}); repair or remove the scan.") from error
     return header
 
 

@@ -253,7 +253,7 @@ def _draw_panels(
     num_columns = max((len(row) for row in rows), default=0)
     if num_columns == 0:
         raise ValueError("there is no panel to draw.")
-    colours = _class_colours(class_names)
+    colours = class_colours(class_names)
     panels = [panel for row in rows for panel in row]
     handles = [Patch(facecolor=to_rgba(colours[value], 0.45), edgecolor=colours[value], label=class_names[value]) for value in colours]
     if any(panel.label is not None and set(_values(panel.label)) - set(colours) for panel in panels):
@@ -329,7 +329,7 @@ def _line_colours(keys: Sequence[str]) -> dict[str, str]:
     return {name: _LINE_COLOURS[i % len(_LINE_COLOURS)] for group in (loss_terms, members, classes) for i, name in enumerate(group)}
 
 
-def _class_colours(class_names: Mapping[int, str]) -> dict[int, str]:
+def class_colours(class_names: Mapping[int, str]) -> dict[int, str]:
     """Label value -> colour, without the background. Depends on the value alone, hence equal in all pictures."""
     values = sorted(value for value in class_names if value > 0)
     return {value: _GREY if class_names[value] == _IGNORE_NAME else _COLOURS[(value - 1) % len(_COLOURS)] for value in values}
@@ -476,7 +476,7 @@ class _SheetRow:
 
 def _sheet(scans: Sequence[_SheetRow], class_names: Mapping[int, str], title: str, pixels: float) -> Figure:
     """A contact sheet of at most so many pixels."""
-    colours = _class_colours(class_names)
+    colours = class_colours(class_names)
     handles = [Patch(facecolor=to_rgba(colours[v], 0.45), edgecolor=colours[v], label=class_names[v]) for v in colours]
     if {value for scan in scans for value in _values(scan.mask)} - set(colours):
         handles.append(Patch(facecolor=to_rgba(_GREY, 0.45), edgecolor=_GREY, label="other label"))
