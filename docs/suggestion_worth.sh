@@ -53,7 +53,7 @@ run() {
 }
 export -f run train
 export configuration out
-printf '%s\n' suggested_{1,2,3} random_{1,2,3} | xargs -P 2 -I{} bash -c 'run {}'
+printf '%s\n' suggested_1 random_1 suggested_2 random_2 suggested_3 random_3 | xargs -P 2 -I{} bash -c 'run {}'
 
 for kind in suggested random; do
     echo "$kind"
