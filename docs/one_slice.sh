@@ -20,7 +20,7 @@ for data in Dataset027_ACDC Dataset040_HeadNeckCT Dataset004_Hippocampus; do ln 
 flat="--patch 128 128 --features 8 16 32 64 96 --batch 12"
 deep="--patch 32 48 32 --spacing 1 1 1 --features 8 16 32 64 --batch 8"
 
-# id, source, what is painted, nnU-Net's configuration, its small variant, steps of CMEMS, of exemplar only, and of all labels
+# id, source, what is painted, the configuration of nnU-Net, what makes its small variant
 prepare() {
     local id=$1 source=$2 exemplar=$3 base=$4 small=$5
     ls -d "$nnUNet_raw/Dataset$id"_* >/dev/null 2>&1 ||
@@ -45,7 +45,7 @@ run() {
     local data config
     data=$(basename "$(ls -d "$nnUNet_raw/Dataset$1"_*)")
     export nnUNet_results=$out/results nnUNet_cmems_config=$out/$1.$3.json
-    config=${nnUNet_cmems_config}
+    config=$nnUNet_cmems_config
     local model=$nnUNet_results/$data/$3__nnUNetPlans__$2 predicted=$out/predicted/$1.$3
     [ -f "$predicted/summary.json" ] && return
     mkdir -p "$out/predicted"
