@@ -17,7 +17,7 @@ export nnUNet_raw=$out/suggest
 mkdir -p "$nnUNet_raw"
 ln -sfn "$source/Dataset027_ACDC" "$nnUNet_raw/Dataset027_ACDC"
 [ -d "$nnUNet_raw/Dataset227_ACDCWithheld" ] || python -m nnunetv2_cmems.study.withhold -d 27 --new 227 --splits "$splits"
-[ -f "$out/suggestions/suggestions.txt" ] || nnUNetv2_cmems suggest -d 227 -n 3 -o "$out/suggestions"
+[ -f "$out/suggestions/suggestions.txt" ] || nnUNetv2_cmems suggest -d 227 -n 2 -o "$out/suggestions"
 
 python - "$splits" "$out" <<'PYTHON'
 import json, random, re, sys
@@ -31,7 +31,7 @@ for case in sorted(json.load(open(splits))[0]["train"]):
     label = sitk.GetArrayViewFromImage(sitk.ReadImage(f"{out}/suggest/Dataset027_ACDC/labelsTr/{case}.nii.gz"))
     shown += [(case, z) for z in range(len(label)) if all((label[z] == k).any() for k in (1, 2, 3))]
 random.seed(0)
-slices.update({f"random_{i}": random.choice(shown) for i in (1, 2, 3)})
+slices.update({f"random_{i}": random.choice(shown) for i in (1, 2)})
 for name, (case, z) in slices.items():
     config = {"exemplar": [{"case": case, "slice": z}], "num_epochs": 5, "iterations_per_epoch": 100, "val_iterations_per_epoch": 5,
               "checkpoint_every": 1, "seed": 1}
@@ -53,7 +53,7 @@ run() {
 }
 export -f run train
 export configuration out
-printf '%s\n' suggested_1 random_1 suggested_2 random_2 suggested_3 random_3 | xargs -P 2 -I{} bash -c 'run {}'
+printf '%s\n' suggested_1 random_1 suggested_2 random_2 | xargs -P 2 -I{} bash -c 'run {}'
 
 for kind in suggested random; do
     echo "$kind"
