@@ -275,6 +275,22 @@ def test_one_slice_of_a_wholly_annotated_volume(tmp_path: Path) -> None:
     assert one.axis == "z" and other.axis == "y"
 
 
+def test_a_slice_painted_into_a_mask_of_zeros_is_not_taken_for_a_volume(tmp_path: Path) -> None:
+    """It would teach that the organs end above and below it."""
+    mask = np.zeros((12, 20, 20), dtype=np.uint8)
+    mask[4, 5:9, 5:9], mask[4, 6:8, 6:8] = 1, 2
+    with pytest.raises(CMEMSError, match=r"organs on one slice only \(4 along z\).*fill them with 3") as error:
+        exemplars_of(tmp_path, mask)
+    assert "gt_segmentations" in str(error.value)
+
+
+def test_that_slice_can_be_named(tmp_path: Path) -> None:
+    mask = np.zeros((12, 20, 20), dtype=np.uint8)
+    mask[4, 5:9, 5:9], mask[4, 6:8, 6:8] = 1, 2
+    (exemplar,) = exemplars_of(tmp_path, mask, ExemplarSpec("a", 4, "z"))
+    assert exemplar.plane is not None and exemplar.slice == 4
+
+
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [

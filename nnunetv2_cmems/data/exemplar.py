@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from nnunetv2_cmems.config import ExemplarSpec
 from nnunetv2_cmems.data.annotation import AXES, LabelValues, complete_plane
-from nnunetv2_cmems.data.planes import annotated_slices, annotation_of, native_plane
+from nnunetv2_cmems.data.planes import annotated_slices, annotation_of, native_mask_path, native_plane, read_native_mask
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.planes import AnnotatedPlane
 
@@ -381,6 +381,7 @@ def _load_volume(spec: ExemplarSpec, dataset: PreprocessedDataset) -> list[Exemp
         if planes is None:
             label = _read_label(spec.case, slice(None), dataset)
             _check_label(spec, image, label, dataset)
+            _check_thickness(spec, dataset)
             return [Exemplar(spec.case, None, None, None, image, _without_ignore(label, dataset))]
     else:
         axis = AXES.index(spec.axis) if spec.axis is not None else dataset.transpose_forward[0]
@@ -393,6 +394,21 @@ def _load_volume(spec: ExemplarSpec, dataset: PreprocessedDataset) -> list[Exemp
         _check_foreground(exemplar.spec, exemplar.label, dataset)
         exemplars.append(exemplar)
     return exemplars
+
+
+def _check_thickness(spec: ExemplarSpec, dataset: PreprocessedDataset) -> None:
+    """Refuse a volume whose organs fill a single slice: most likely only that slice was painted, the others being 0 unasked."""
+    mask = read_native_mask(spec.case, dataset)
+    shown = (mask > 0) & (mask != dataset.labels.not_annotated)
+    for axis, name in enumerate(AXES):
+        others = tuple(a for a in range(3) if a != axis)
+        slices = np.flatnonzero(shown.any(axis=others))
+        if len(slices) == 1 < mask.shape[axis]:
+            raise CMEMSError(
+                f"{native_mask_path(spec.case, dataset)} shows organs on one slice only ({slices[0]} along {name}), so its other slices "
+                f"are hardly annotated; fill them with {dataset.labels.not_annotated} and name that value in dataset.json "
+                f'("ignore"), or name the slice as exemplar ({{"case": "{spec.case}", "slice": {slices[0]}, "axis": "{name}"}}).'
+            )
 
 
 def _read_label(case: str, index: int | slice, dataset: PreprocessedDataset) -> np.ndarray:
