@@ -273,6 +273,7 @@ def test_one_slice_of_a_wholly_annotated_volume(tmp_path: Path) -> None:
     one, other = exemplars_of(tmp_path, mask, ExemplarSpec("a", 4), ExemplarSpec("a", 7, "y"))
     assert np.array_equal(one.label, mask[4]) and np.array_equal(other.label, mask[:, 7])
     assert one.axis == "z" and other.axis == "y"
+    assert one.image is other.image, "the volume is read and held once"
 
 
 def test_a_slice_painted_into_a_mask_of_zeros_is_not_taken_for_a_volume(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.nn import functional
 
 from nnunetv2_cmems.config import ExemplarSpec
-from nnunetv2_cmems.data.annotation import AXES, LabelValues, complete_plane
-from nnunetv2_cmems.data.planes import annotated_slices, annotation_of, native_mask_path, native_plane, read_native_mask
+from nnunetv2_cmems.data.annotation import AXES, LabelValues, complete_plane, read_annotation
+from nnunetv2_cmems.data.planes import annotated_slices, native_mask_path, native_plane, read_native, read_native_mask
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.planes import AnnotatedPlane
 
@@ -162,9 +162,10 @@ def load_exemplars(
     if not specs:
         raise CMEMSError("No exemplar is named; name at least one annotated slice, or set 'exemplar' to \"auto\".")
     exemplars: list[Exemplar] = []
+    volumes: dict[str, _Volume] = {}
     for spec in specs:
         _check_case(spec.case, cases, dataset)
-        for exemplar in _load_volume(spec, dataset) if dataset.dimensions == 3 else _load_slices(spec, dataset):
+        for exemplar in _load_volume(spec, volumes, dataset) if dataset.dimensions == 3 else _load_slices(spec, dataset):
             if any((e.case, e.axis, e.slice) == (exemplar.case, exemplar.axis, exemplar.slice) for e in exemplars):
                 raise CMEMSError(f"{_say(exemplar.spec).capitalize()} is named twice as an exemplar; name it once.")
             exemplars.append(exemplar)
@@ -190,8 +191,7 @@ def list_annotated(cases: Sequence[str], dataset: PreprocessedDataset) -> list[E
     specs: list[ExemplarSpec] = []
     for case in sorted(set(cases)):
         if dataset.dimensions == 3:
-            annotation = annotation_of(case, dataset)
-            planes = annotation.planes
+            planes = read_native(case, dataset)[1].planes
             specs += [ExemplarSpec(case)] if planes is None else [ExemplarSpec(case, i, AXES[axis]) for axis, i in planes]  # type: ignore[arg-type]
             continue
         specs += _slices_of(case, dataset)
@@ -374,14 +374,23 @@ def _load_slices(spec: ExemplarSpec, dataset: PreprocessedDataset) -> list[Exemp
     return [Exemplar(spec.case, dataset.slice_axis, spec.slice, index, image, _without_ignore(label, dataset))]
 
 
-def _load_volume(spec: ExemplarSpec, dataset: PreprocessedDataset) -> list[Exemplar]:
-    image = read_case_image(spec.case, dataset)
+class _Volume(NamedTuple):
+    """What the exemplars of one case in 3D share: the preprocessed image (C, Z, Y, X) and the native mask (Z, Y, X)."""
+
+    image: np.ndarray
+    mask: np.ndarray
+
+
+def _load_volume(spec: ExemplarSpec, volumes: dict[str, _Volume], dataset: PreprocessedDataset) -> list[Exemplar]:
+    if spec.case not in volumes:
+        volumes[spec.case] = _Volume(read_case_image(spec.case, dataset), read_native_mask(spec.case, dataset))
+    image, mask = volumes[spec.case]
     if spec.slice is None:
-        planes = annotation_of(spec.case, dataset).planes
+        planes = read_annotation(mask, dataset.labels, native_mask_path(spec.case, dataset)).planes
         if planes is None:
             label = _read_label(spec.case, slice(None), dataset)
             _check_label(spec, image, label, dataset)
-            _check_thickness(spec, dataset)
+            _check_thickness(spec, mask, dataset)
             return [Exemplar(spec.case, None, None, None, image, _without_ignore(label, dataset))]
     else:
         axis = AXES.index(spec.axis) if spec.axis is not None else dataset.transpose_forward[0]
@@ -389,16 +398,15 @@ def _load_volume(spec: ExemplarSpec, dataset: PreprocessedDataset) -> list[Exemp
     properties = read_properties(spec.case, dataset)
     exemplars = []
     for axis, i in planes:
-        plane = native_plane(spec.case, axis, i, properties, image.shape[1:], dataset)
+        plane = native_plane(spec.case, axis, i, mask, properties, image.shape[1:], dataset)
         exemplar = Exemplar(spec.case, AXES[axis], i, None, image, plane.labels.numpy(), plane)
         _check_foreground(exemplar.spec, exemplar.label, dataset)
         exemplars.append(exemplar)
     return exemplars
 
 
-def _check_thickness(spec: ExemplarSpec, dataset: PreprocessedDataset) -> None:
+def _check_thickness(spec: ExemplarSpec, mask: np.ndarray, dataset: PreprocessedDataset) -> None:
     """Refuse a volume whose organs fill a single slice: most likely only that slice was painted, the others being 0 unasked."""
-    mask = read_native_mask(spec.case, dataset)
     shown = (mask > 0) & (mask != dataset.labels.not_annotated)
     for axis, name in enumerate(AXES):
         others = tuple(a for a in range(3) if a != axis)

@@ -42,13 +42,14 @@ def read_native_mask(case: str, dataset: PreprocessedDataset) -> np.ndarray:
         raise CMEMSError(f"{path} cannot be read ({first_line(error)}); put the mask back and preprocess the data set again.") from error
 
 
-def annotation_of(case: str, dataset: PreprocessedDataset) -> Annotation:
-    """What of a case is annotated.
+def read_native(case: str, dataset: PreprocessedDataset) -> tuple[np.ndarray, Annotation]:
+    """A case's native mask (Z, Y, X), and what of it is annotated.
 
     Raises:
-        CMEMSError: see :func:`~nnunetv2_cmems.data.annotation.read_annotation`.
+        CMEMSError: see :func:`read_native_mask` and :func:`~nnunetv2_cmems.data.annotation.read_annotation`.
     """
-    return read_annotation(read_native_mask(case, dataset), dataset.labels, native_mask_path(case, dataset))
+    mask = read_native_mask(case, dataset)
+    return mask, read_annotation(mask, dataset.labels, native_mask_path(case, dataset))
 
 
 def annotated_slices(case: str, dataset: PreprocessedDataset) -> list[int]:
@@ -57,8 +58,7 @@ def annotated_slices(case: str, dataset: PreprocessedDataset) -> list[int]:
     Raises:
         CMEMSError: the slices were painted along another axis than the configuration cuts along.
     """
-    mask = read_native_mask(case, dataset)
-    annotation = read_annotation(mask, dataset.labels, native_mask_path(case, dataset))
+    mask, annotation = read_native(case, dataset)
     axis = dataset.transpose_forward[0]
     if annotation.planes is None:
         others = tuple(a for a in range(3) if a != axis)
@@ -74,7 +74,13 @@ def annotated_slices(case: str, dataset: PreprocessedDataset) -> list[int]:
 
 
 def native_plane(
-    case: str, axis: int, index: int, properties: Mapping[str, Any], shape: tuple[int, ...], dataset: PreprocessedDataset
+    case: str,
+    axis: int,
+    index: int,
+    mask: np.ndarray,
+    properties: Mapping[str, Any],
+    shape: tuple[int, ...],
+    dataset: PreprocessedDataset,
 ) -> AnnotatedPlane:
     """The labels of one annotated slice, and where it lies in the preprocessed volume.
 
@@ -82,6 +88,7 @@ def native_plane(
         case: the case identifier.
         axis: axis of the raw array (Z, Y, X).
         index: raw index along it.
+        mask: the case's native mask (Z, Y, X).
         properties: the case's properties, as nnU-Net saved them.
         shape: (Z, Y, X) of the preprocessed image.
         dataset: the preprocessed folder.
@@ -89,7 +96,6 @@ def native_plane(
     Raises:
         CMEMSError: there is no such slice, or nnU-Net's cropping cut it away.
     """
-    mask = read_native_mask(case, dataset)
     if not 0 <= index < mask.shape[axis]:
         raise CMEMSError(f"Case '{case}' has no slice {index} along {AXES[axis]}: the image has {mask.shape[axis]} (counted from 0).")
     mask = mask.transpose(dataset.transpose_forward)
