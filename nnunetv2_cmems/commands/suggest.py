@@ -17,15 +17,14 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunetv2_cmems.data.annotation import AXES
-from nnunetv2_cmems.data.planning import write_json, write_text
-from nnunetv2_cmems.data.raw import IMAGES, LABELS, UNLABELLED, RawCase, RawDataset, find_raw_folder, open_raw
+from nnunetv2_cmems.data.planning import read_raw_scan, write_json, write_text
+from nnunetv2_cmems.data.raw import IMAGES, LABELS, UNLABELLED, RawCase, RawDataset, find_raw_folder, open_raw, same_files
 from nnunetv2_cmems.data.suggestion import (
     Suggestion,
     ViewerPlace,
     display_plane,
     quiet_itk,
     rank_slices,
-    read_scan,
     summarise_dataset,
     viewer_place,
 )
@@ -150,7 +149,7 @@ def write_suggestion(rank: int, suggestion: Suggestion, dataset: RawDataset, out
         CMEMSError: the scan cannot be read, or a file cannot be written.
     """
     raw, reader = dataset.cases[suggestion.case], dataset.reader()
-    image, properties = read_scan(raw, reader, dataset.num_channels)
+    image, properties = read_raw_scan(reader, raw, dataset.num_channels)
     shape, spacing = image.shape[1:], [float(s) for s in properties["spacing"]]
     place = viewer_place(raw, reader, properties, suggestion.axis, suggestion.slice, shape[suggestion.axis])
     mask = os.path.join(output, raw.case + dataset.file_ending)
@@ -246,7 +245,7 @@ def bring_to_training(folder: str, cases: Sequence[str], *, link: bool = False) 
     pairs: list[tuple[str, str]] = []
     for case in dict.fromkeys(cases):
         there, here = _files_of(case, source), _files_of(case, target)
-        if here and (not there or _are_same(there, here)):
+        if here and (not there or same_files(here, there)):
             continue
         if not there:
             raise CMEMSError(f"{source} has no scan of a case '{case}'; correct the name.")
@@ -284,10 +283,6 @@ def _files_of(case: str, folder: str) -> list[str]:
     names = sorted(name for name in os.listdir(folder) if channel.fullmatch(name))
     beside = [f"{case}.json"] if names and os.path.isfile(os.path.join(folder, f"{case}.json")) else []
     return [os.path.join(folder, name) for name in names + beside]
-
-
-def _are_same(paths: Sequence[str], others: Sequence[str]) -> bool:
-    return len(paths) == len(others) and all(os.path.exists(b) and os.path.samefile(a, b) for a, b in zip(paths, others, strict=True))
 
 
 def _move(old: str, new: str) -> None:

@@ -13,7 +13,6 @@ orientation first.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,10 +23,10 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch.nn import functional
 
 from nnunetv2_cmems.config import ExemplarSpec
 from nnunetv2_cmems.data.annotation import AXES, LabelValues, complete_plane, read_annotation
+from nnunetv2_cmems.data.looks import central_window, new_patients_first, thumbnail
 from nnunetv2_cmems.data.planes import annotated_slices, native_mask_path, native_plane, read_native, read_native_mask
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.planes import AnnotatedPlane
@@ -35,7 +34,6 @@ from nnunetv2_cmems.method.planes import AnnotatedPlane
 Class = int | tuple[int, ...]
 """A foreground class: a label, or the labels of a region in region-based training."""
 
-_SIDE = 32  # side of the thumbnails that slices are compared by
 _AGAIN = "run nnUNetv2_preprocess again"
 
 
@@ -235,13 +233,7 @@ def rank_exemplars(cases: Sequence[str], dataset: PreprocessedDataset, allow_mis
         looks.append(_look(_read_image(spec, index, dataset), height, width))
     distances = _mean_distances(torch.stack(looks))
     order = sorted(range(len(offered)), key=lambda i: (round(distances[i], 6), offered[i].case))
-    visits: dict[str, int] = {}
-    turn = []
-    for i in order:
-        patient = patient_of(offered[i].case)
-        turn.append(visits.get(patient, 0))
-        visits[patient] = turn[-1] + 1
-    return [offered[i] for _, i in sorted(zip(turn, order, strict=True), key=lambda pair: pair[0])]
+    return new_patients_first([offered[i] for i in order], lambda spec: spec.case)
 
 
 def list_candidates(cases: Sequence[str], dataset: PreprocessedDataset, allow_missing_classes: bool = False) -> list[ExemplarSpec]:
@@ -521,12 +513,6 @@ def _middle_one(slices: Sequence[ExemplarSpec]) -> ExemplarSpec:
     return slices[(len(slices) - 1) // 2]
 
 
-def patient_of(case: str) -> str:
-    """The name up to and including its first number."""
-    match = re.match(r"\D*\d+", case)
-    return match.group() if match else case
-
-
 def _mean_distances(looks: torch.Tensor) -> list[float]:
     """Mean distance of each row (N, values) to all rows."""
     return torch.cdist(looks, looks, compute_mode="donot_use_mm_for_euclid_dist").mean(dim=1).tolist()
@@ -534,14 +520,10 @@ def _mean_distances(looks: torch.Tensor) -> list[float]:
 
 def _look(image: np.ndarray, height: int, width: int) -> torch.Tensor:
     """Blurred, normalised thumbnail of the central (height, width) voxels of an image (C, Y, X), as a float64 vector."""
-    pad = [(max(size - have, 0) // 2, (max(size - have, 0) + 1) // 2) for size, have in zip((height, width), image.shape[1:], strict=True)]
-    image = np.pad(image.astype(np.float64), [(0, 0), *pad], mode="edge")
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-    image = image[:, top : top + height, left : left + width]
+    image = central_window(image.astype(np.float64), (height, width))
     low, high = np.percentile(image, (1, 99), axis=(1, 2), keepdims=True)
-    thumbnail = functional.interpolate(torch.from_numpy(np.clip(image, low, high))[None], size=(_SIDE, _SIDE), mode="area")
-    thumbnail = functional.avg_pool2d(functional.pad(thumbnail, (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0]
-    return _unit(thumbnail - thumbnail.mean(dim=(1, 2), keepdim=True))
+    small = thumbnail(np.clip(image, low, high))
+    return _unit(small - small.mean(dim=(1, 2), keepdim=True))
 
 
 def _unit(values: torch.Tensor) -> torch.Tensor:

@@ -273,7 +273,11 @@ def complete_annotation(mask: np.ndarray, annotation: Annotation, not_annotated:
 
 
 def read_raw_scan(reader: BaseReaderWriter, raw_case: RawCase, num_channels: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """The scan (C, Z, Y, X) and its properties, as nnU-Net's reader delivers them."""
+    """The scan (C, Z, Y, X) and its properties, as nnU-Net's reader delivers them.
+
+    Raises:
+        ScanDefect: the scan is unreadable, has another number of channels, or NaN or infinite values.
+    """
     path = raw_case.images[0]
     which = path if len(raw_case.images) == 1 else f"{path} or another channel of it"
     try:

@@ -131,7 +131,7 @@ def open_raw(dataset_name_or_id: str | int, *, require_labels: bool = True) -> R
         images = _scans(os.path.join(folder, IMAGES), ending)
         labels = _masks(os.path.join(folder, LABELS), ending)
     unlabelled = _scans(os.path.join(folder, UNLABELLED), ending)
-    for case in [case for case in unlabelled if case in images and _same_files(images[case], unlabelled[case])]:
+    for case in [case for case in unlabelled if case in images and same_files(images[case], unlabelled[case])]:
         del unlabelled[case]  # imagesTr links to imagesUn ("suggest --link"): one scan, which belongs to imagesTr
     both = sorted(set(images) & set(unlabelled))
     if both:
@@ -305,7 +305,7 @@ def _masks(folder: str, ending: str) -> dict[str, str]:
     return {name[: -len(ending)]: os.path.join(folder, name) for name in _files(folder, ending)}
 
 
-def _same_files(paths: Sequence[str], others: Sequence[str]) -> bool:
+def same_files(paths: Sequence[str], others: Sequence[str]) -> bool:
     """Whether these are the same files under other names: links."""
     return len(paths) == len(others) and all(os.path.exists(p) and os.path.samefile(p, o) for p, o in zip(paths, others, strict=True))
 

@@ -28,15 +28,13 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from torch.nn import functional
 from tqdm import tqdm
 
-from nnunetv2_cmems.data.exemplar import patient_of
+from nnunetv2_cmems.data.looks import SIDE, central_window, new_patients_first, thumbnail
 from nnunetv2_cmems.data.planning import ScanDefect, in_processes, read_raw_scan, why_unreadable
 from nnunetv2_cmems.data.raw import UNLABELLED, RawCase, RawDataset
 from nnunetv2_cmems.errors import CMEMSError
 
-_SIDE = 32  # side of the thumbnails that slices are compared by
 _SHOWS_SOMETHING = 0.25  # share of the structure of the scan's richest slice
 
 Result = TypeVar("Result")
@@ -121,7 +119,8 @@ def summarise_scan(case: str, image: np.ndarray, axis: int, pixel: Sequence[floa
     slices = np.moveaxis(image, axis + 1, 1)
     window = [max(1, round(e / p)) for e, p in zip(extent, pixel, strict=True)]
     low, high = np.percentile(image.reshape(len(image), -1), (1, 99), axis=1)[:, :, None, None]
-    thumbnails = np.stack([_thumbnail(np.clip(slices[:, i], low, high), window) for i in range(slices.shape[1])])
+    planes = (np.clip(slices[:, i], low, high).astype(np.float32) for i in range(slices.shape[1]))
+    thumbnails = np.stack([thumbnail(central_window(plane, window)).numpy() for plane in planes])
     structure = _structure(thumbnails)
     shows = np.flatnonzero((structure > 0) & (structure >= _SHOWS_SOMETHING * structure.max()))
     if len(shows) == 0:  # the same grey everywhere
@@ -159,7 +158,7 @@ def rank_slices(
     for n in sorted(range(len(places)), key=merit.__getitem__):
         case, index = places[n]
         best.setdefault(case, Suggestion(case, axis, index, float(typicality[n]), float(structure[n])))
-    return _new_patients_first(list(best.values()), annotated)
+    return new_patients_first(best.values(), lambda suggestion: suggestion.case, annotated)
 
 
 def _typicality(scan: ScanSummary, whole: np.ndarray, num_scans: int) -> np.ndarray:
@@ -167,28 +166,6 @@ def _typicality(scan: ScanSummary, whole: np.ndarray, num_scans: int) -> np.ndar
     others = (whole - scan.average) / (num_scans - 1) if num_scans > 1 else whole
     length = float(np.linalg.norm(others))
     return scan.looks.astype(np.float64) @ others / length if length > 1e-9 else np.zeros(len(scan.slices))
-
-
-def _new_patients_first(suggestions: Sequence[Suggestion], annotated: Collection[str]) -> list[Suggestion]:
-    visits: dict[str, int] = {}
-    for case in annotated:
-        visits[patient_of(case)] = visits.get(patient_of(case), 0) + 1
-    turns = []
-    for suggestion in suggestions:
-        patient = patient_of(suggestion.case)
-        turns.append(visits.get(patient, 0))
-        visits[patient] = turns[-1] + 1
-    return [suggestions[i] for i in sorted(range(len(suggestions)), key=lambda i: turns[i])]  # sorting keeps the order of equals
-
-
-def _thumbnail(plane: np.ndarray, window: Sequence[int]) -> np.ndarray:
-    """The central ``window`` of a plane (C, Y, X), blurred and small: float32 (C, side, side)."""
-    pad = [(max(size - have, 0) // 2, (max(size - have, 0) + 1) // 2) for size, have in zip(window, plane.shape[1:], strict=True)]
-    plane = np.pad(plane.astype(np.float32), [(0, 0), *pad], mode="edge")
-    top, left = ((have - size) // 2 for size, have in zip(window, plane.shape[1:], strict=True))
-    plane = plane[:, top : top + window[0], left : left + window[1]]
-    small = functional.interpolate(torch.from_numpy(plane.copy())[None], size=(_SIDE, _SIDE), mode="area")
-    return functional.avg_pool2d(functional.pad(small, (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0].numpy()
 
 
 def _structure(thumbnails: np.ndarray) -> np.ndarray:
@@ -200,7 +177,7 @@ def _structure(thumbnails: np.ndarray) -> np.ndarray:
 
 def _looks(thumbnails: np.ndarray) -> np.ndarray:
     """Thumbnails (N, C, Y, X) less their weighted mean, each of length 1 (0 where it is flat): float32 (N, D)."""
-    bell = np.exp(-(((np.arange(_SIDE) - (_SIDE - 1) / 2) / (_SIDE / 4)) ** 2) / 2)
+    bell = np.exp(-(((np.arange(SIDE) - (SIDE - 1) / 2) / (SIDE / 4)) ** 2) / 2)
     weight = np.outer(bell, bell) / bell.sum() ** 2
     centred = thumbnails - (thumbnails * weight).sum(axis=(2, 3), keepdims=True)
     weighted = (centred * np.sqrt(weight)).reshape(*thumbnails.shape[:2], -1)
@@ -257,15 +234,6 @@ def summarise_dataset(
     return axis, list(summaries.values())
 
 
-def read_scan(raw: RawCase, reader: BaseReaderWriter, num_channels: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """A scan (C, Z, Y, X) and its properties, as nnU-Net's reader delivers them.
-
-    Raises:
-        ScanDefect: the scan is unreadable, or has NaN or infinite values.
-    """
-    return read_raw_scan(reader, raw, num_channels)
-
-
 def quiet_itk() -> None:
     """Switch ITK's warnings off: it prints several lines for each header that it finds unusual."""
     sitk.ProcessObject_SetGlobalWarningDisplay(False)
@@ -281,7 +249,7 @@ def _read_geometry(job: tuple[RawCase, type[BaseReaderWriter], int]) -> tuple[st
             size, spacing = list(header.GetSize()[::-1]), [abs(s) for s in header.GetSpacing()[::-1]]
             if len(size) <= 3:  # a fourth dimension would be the channels
                 return raw.case, (size, spacing) if len(size) == 3 else ([1, *size], [999 * max(spacing), *spacing]), ""
-        image, properties = read_scan(raw, reader_class(), num_channels)
+        image, properties = read_raw_scan(reader_class(), raw, num_channels)
         return raw.case, (list(image.shape[1:]), [float(s) for s in properties["spacing"]]), ""
     except ScanDefect as error:
         return raw.case, None, str(error)
@@ -293,7 +261,7 @@ def _summarise(
     raw, reader_class, num_channels, axis, extent = job
     _settle_worker()
     try:
-        image, properties = read_scan(raw, reader_class(), num_channels)
+        image, properties = read_raw_scan(reader_class(), raw, num_channels)
     except ScanDefect as error:
         return raw.case, None, str(error)
     pixel = [float(properties["spacing"][i]) for i in range(3) if i != axis]
