@@ -15,11 +15,13 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.run import run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cmems.data.phantom import write_dataset
+from nnunetv2_cmems.study import pictures
 from nnunetv2_cmems.study.small_configuration import small_configuration
 from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS
 
@@ -201,6 +203,20 @@ def workspace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def pools_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nnU-Net's validation work in threads: it spawns processes that import everything again, for seconds."""
     _pools_are_threads(monkeypatch)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is saved during the test."""
+    seen: list[Figure] = []
+    original = pictures._save
+
+    def remember(figure: Figure, path: Any) -> None:
+        seen.append(figure)
+        original(figure, path)
+
+    monkeypatch.setattr(pictures, "_save", remember)
+    return seen
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from nnunetv2_cmems.study import pictures
 from nnunetv2_cmems.study.pictures import contact_sheet, plot_suggestion
 
 NAMES = {0: "background", 1: "ring", 2: "disc"}
@@ -25,20 +23,6 @@ def row(case: str = "case", index: int | None = 3, agreement: float = 0.87, shap
     heat = np.exp(-((distance - 11) ** 2) / 4)
     arrays = [np.pad(array, margin) for array in (image, mask, heat)]
     return case, index, agreement, arrays[0], arrays[1], arrays[2]
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Every figure that is saved during the test."""
-    seen: list[Figure] = []
-    original = pictures._save
-
-    def remember(figure: Figure, path: Any) -> None:
-        seen.append(figure)
-        original(figure, path)
-
-    monkeypatch.setattr(pictures, "_save", remember)
-    return seen
 
 
 def texts(figure: Figure) -> list[str]:

@@ -12,7 +12,7 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
-from nnunetv2_cmems.method.losses import class_weights, cross_entropy, deep_supervision_weights, dice_loss, segmentation_loss
+from nnunetv2_cmems.method.losses import class_counts, cross_entropy, deep_supervision_weights, dice_loss, segmentation_loss, weights_from
 
 DIMENSIONS = pytest.mark.parametrize("d", [2, 3])
 
@@ -270,11 +270,11 @@ def test_regions_get_no_gradient_outside_of_their_mask(d: int, per_region: bool,
 )
 def test_class_weights(exponent: float, expected: list[float]) -> None:
     labels = [torch.tensor([[0, 0, 1], [-1, 0, 0]]), torch.tensor([0, 0, 1, 1, 2, -1, -1])]  # shares 0.6, 0.3, 0.1
-    assert class_weights(labels, 3, exponent).tolist() == pytest.approx(expected, abs=1e-5)
+    assert weights_from(class_counts(labels, 3), exponent).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_class_that_nobody_shows_weighs_like_the_rarest() -> None:
-    weights = class_weights([torch.tensor([0] * 6 + [1] * 3 + [3])], 4, 1.0)
+    weights = weights_from(class_counts([torch.tensor([0] * 6 + [1] * 3 + [3])], 4), 1.0)
     assert torch.isfinite(weights).all()
     assert float(weights[2]) == float(weights[3]) > float(weights[1])
 
@@ -285,4 +285,4 @@ def test_class_that_nobody_shows_weighs_like_the_rarest() -> None:
 )
 def test_mean_class_weight_over_the_pixels_is_one(exponent: float, num_classes: int) -> None:
     label = torch.tensor([0] * 13 + [1] * 5 + [2] * 2)
-    assert float(class_weights([label], num_classes, exponent)[label].mean()) == pytest.approx(1.0, abs=1e-5)
+    assert float(weights_from(class_counts([label], num_classes), exponent)[label].mean()) == pytest.approx(1.0, abs=1e-5)

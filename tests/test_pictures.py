@@ -10,7 +10,6 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from nnunetv2_cmems.study import pictures
 from nnunetv2_cmems.study.pictures import montage, plot_curves, plot_exemplar
 
 NAMES = {0: "background", 1: "ring", 2: "disc"}
@@ -27,20 +26,6 @@ def history(epochs: int) -> dict[str, list[float]]:
     keys = ["loss/supervised", "loss/total", "coverage/member_0", "coverage/member_1", "coverage_foreground/member_0", "agreement/ring"]
     keys += ["agreement/mean", "pseudo_label_dice/mean", "pseudo_label_accuracy", "validation_dice/mean"]
     return {key: np.linspace(0.2, 0.9, epochs).tolist() for key in keys}
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Every figure that is saved during the test."""
-    seen: list[Figure] = []
-    original = pictures._save
-
-    def remember(figure: Figure, path: Any) -> None:
-        seen.append(figure)
-        original(figure, path)
-
-    monkeypatch.setattr(pictures, "_save", remember)
-    return seen
 
 
 def headings(figure: Figure) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.files import datasets_called, nnunet_folder
 from nnunetv2_cmems.method.networks import count_members
 
 HELP = "Write a model folder that nnU-Net predicts with, also where this package is not installed."
@@ -69,16 +70,10 @@ def find_model_folder(dataset: str | int, trainer: str, plans: str, configuratio
         CMEMSError: ``nnUNet_results`` is not set or no folder, the data set is unknown or its ID
             ambiguous, or nothing was trained there by this trainer, plans and configuration.
     """
-    results = os.environ.get("nnUNet_results")
-    if not results:
-        raise CMEMSError("the environment variable nnUNet_results is not set; set it to the folder that holds your trained models.")
-    if not os.path.isdir(results):
-        raise CMEMSError(f"nnUNet_results names '{results}', which is not a folder; correct the environment variable.")
+    results = nnunet_folder("nnUNet_results", "your trained models")
     name = str(dataset)
     if not name.startswith("Dataset"):
-        if not name.isdecimal():
-            raise CMEMSError(f"'{dataset}' is no data set; give its ID, as in '-d 27', or its name, as in '-d Dataset027_ACDC'.")
-        found = sorted(entry for entry in os.listdir(results) if entry.startswith(f"Dataset{int(name):03d}_"))
+        found = datasets_called(name, results)
         if len(found) != 1:
             what = f"several data sets have the ID {int(name)} ({', '.join(found)})" if found else f"no data set has the ID {int(name)}"
             remedy = "give the name of one with -d" if found else "train first, or correct -d or the environment variable"

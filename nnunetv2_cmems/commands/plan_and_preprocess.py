@@ -21,11 +21,11 @@ from nnunetv2_cmems.data.planning import (
     examine,
     make_fingerprint,
     make_plans,
-    write_json,
 )
 from nnunetv2_cmems.data.preprocessing import check_space, copy_masks, plan_task, preprocess
 from nnunetv2_cmems.data.raw import RawCase, RawDataset, open_raw, source_state
 from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.files import write_json
 
 HELP = """\
 nnU-Net's planning and preprocessing for a data set with unlabelled scans.

@@ -17,7 +17,7 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunetv2_cmems.data.annotation import AXES
-from nnunetv2_cmems.data.planning import read_raw_scan, write_json, write_text
+from nnunetv2_cmems.data.planning import read_raw_scan
 from nnunetv2_cmems.data.raw import IMAGES, LABELS, UNLABELLED, RawCase, RawDataset, find_raw_folder, open_raw, same_files
 from nnunetv2_cmems.data.suggestion import (
     Suggestion,
@@ -29,6 +29,7 @@ from nnunetv2_cmems.data.suggestion import (
     viewer_place,
 )
 from nnunetv2_cmems.errors import CMEMSError, first_line
+from nnunetv2_cmems.files import write_json, write_text
 from nnunetv2_cmems.study.pictures import class_colours, plot_suggestion
 
 HELP = """\

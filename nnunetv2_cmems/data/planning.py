@@ -40,6 +40,7 @@ from tqdm import tqdm
 from nnunetv2_cmems.data.annotation import AXES, Annotation, LabelValues, complete_plane, read_annotation
 from nnunetv2_cmems.data.raw import RawCase, RawDataset
 from nnunetv2_cmems.errors import CMEMSError, first_line
+from nnunetv2_cmems.files import to_json, write_json, write_text
 
 OURS = "nnunetv2_cmems"
 """The key of what we add to nnU-Net's files."""
@@ -694,34 +695,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files and processes
-
-
-def to_json(content: Any) -> str:
-    return json.dumps(content, indent=4)
-
-
-def write_json(path: str, content: Any) -> None:
-    """Write a JSON file as :func:`write_text` does."""
-    write_text(path, to_json(content))
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a file that is there whole or not at all; its folder is made if need be.
-
-    Raises:
-        CMEMSError: it cannot be written.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise CMEMSError(f"{path} cannot be written ({error.strerror or error}); check permissions and free space.") from error
+# Processes
 
 
 def in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], num_processes: int) -> Generator[Result, None, None]:

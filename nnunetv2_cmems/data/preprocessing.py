@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -23,14 +24,15 @@ import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
-from nnunetv2_cmems.data.planning import OURS, Scan, annotation_to_json, in_processes, write_json
+from nnunetv2_cmems.data.planning import OURS, Scan, annotation_to_json, in_processes
 from nnunetv2_cmems.data.raw import RawCase, RawDataset, source_state
 from nnunetv2_cmems.data.sources import MANIFEST, unlabelled_folder
+from nnunetv2_cmems.data.unlabelled import resampled_shape
 from nnunetv2_cmems.errors import CMEMSError, first_line
+from nnunetv2_cmems.files import write_json
 
 _VERSION = 1  # of what is written; another one is redone
 _ENDINGS = ("_seg.b2nd", ".b2nd", "_seg.npy", ".npy", ".npz", ".pkl")  # of a preprocessed case; the longer ones first
@@ -400,9 +402,7 @@ def _is_done(task: Task, case: str) -> bool:
 def _uncompressed(scan: Scan, num_channels: int, manager: PlansManager, configuration: ConfigurationManager) -> int:
     """Bytes of a preprocessed image before compression."""
     shape, spacing = ([values[axis] for axis in manager.transpose_forward] for values in (scan.shape_after_crop, scan.spacing))
-    target = [spacing[0], *configuration.spacing] if len(configuration.spacing) == 2 else list(configuration.spacing)
-    voxels = np.prod(compute_new_shape(shape, spacing, target), dtype=np.int64)
-    return int(voxels) * num_channels * np.dtype(np.float32).itemsize
+    return math.prod(resampled_shape(shape, spacing, configuration)) * num_channels * np.dtype(np.float32).itemsize
 
 
 # ---------------------------------------------------------------------------------------------------------------------

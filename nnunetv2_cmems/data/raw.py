@@ -22,6 +22,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_cmems.data.annotation import LabelValues
 from nnunetv2_cmems.errors import CMEMSError, first_line
+from nnunetv2_cmems.files import datasets_called, datasets_in, nnunet_folder
 
 IMAGES, LABELS, UNLABELLED = "imagesTr", "labelsTr", "imagesUn"
 
@@ -180,24 +181,14 @@ def find_raw_folder(dataset_name_or_id: str | int) -> str:
     Raises:
         CMEMSError: ``nnUNet_raw`` is not set or no folder; there is no such data set, or several.
     """
-    raw = os.environ.get("nnUNet_raw")
-    if not raw:
-        raise CMEMSError("the environment variable nnUNet_raw is not set; set it to the folder that holds the raw data sets.")
-    if not os.path.isdir(raw):
-        raise CMEMSError(f"nnUNet_raw is set to {raw}, which is not a folder; correct the environment variable.")
+    raw = nnunet_folder("nnUNet_raw", "the raw data sets")
     name = str(dataset_name_or_id)
-    folders = sorted(entry for entry in os.listdir(raw) if entry.startswith("Dataset") and os.path.isdir(os.path.join(raw, entry)))
-    if name.startswith("Dataset"):
-        found = [entry for entry in folders if entry == name]
-    elif name.isdecimal():
-        found = [entry for entry in folders if entry.startswith(f"Dataset{int(name):03d}_")]
-    else:
-        raise CMEMSError(f"'{name}' is no data set; give its ID, as in '-d 27', or its name, as in '-d Dataset027_ACDC'.")
+    found = datasets_called(name, raw)
     if len(found) == 1:
         return os.path.join(raw, found[0])
     if found:
         raise CMEMSError(f"in nnUNet_raw ({raw}) several data sets have the ID {int(name)} ({', '.join(found)}); give the name of one.")
-    there = f"; there are {_some(folders)}" if folders else ""
+    there = f"; there are {_some(datasets_in(raw))}" if datasets_in(raw) else ""
     raise CMEMSError(f"in nnUNet_raw ({raw}) there is no data set {name}{there}. Correct -d or the environment variable.")
 
 

@@ -79,16 +79,20 @@ def check_images(cases: Sequence[str], dataset: PreprocessedDataset, configurati
                 f"{_command(dataset)} again."
             )
         properties = read_properties(case, dataset)
-        before = properties["shape_after_cropping_and_before_resampling"]
         spacing = [properties["spacing"][axis] for axis in dataset.transpose_forward]
-        wanted = [spacing[0], *configuration.spacing] if len(configuration.spacing) == 2 else list(configuration.spacing)
-        expected = tuple(int(n) for n in compute_new_shape(before, spacing, wanted))
+        expected = resampled_shape(properties["shape_after_cropping_and_before_resampling"], spacing, configuration)
         if shape[1:] != expected:
             target = " x ".join(f"{side:g}" for side in configuration.spacing)
             raise CMEMSError(
                 f"{path} has the shape {shape[1:]}, but at the plans' spacing of {target} mm it would be {expected}: it was preprocessed "
                 f"for other plans; run {_command(dataset)} again for this configuration."
             )
+
+
+def resampled_shape(shape: Sequence[int], spacing: Sequence[float], configuration: ConfigurationManager) -> tuple[int, ...]:
+    """The (Z, Y, X) that nnU-Net resamples a cropped, transposed image of this shape and spacing to; 2D keeps the slices."""
+    wanted = [spacing[0], *configuration.spacing] if len(configuration.spacing) == 2 else list(configuration.spacing)
+    return tuple(int(n) for n in compute_new_shape(shape, spacing, wanted))
 
 
 class UnlabelledLoader(DataLoader):

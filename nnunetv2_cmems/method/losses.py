@@ -30,11 +30,6 @@ def weights_from(counts: Tensor, exponent: float) -> Tensor:
     return (weights / (weights * counts / total).sum(-1, keepdim=True)).float()
 
 
-def class_weights(labels: Sequence[Tensor], num_classes: int, exponent: float) -> Tensor:
-    """(K,) weights from label maps, see :func:`weights_from` and :func:`class_counts`."""
-    return weights_from(class_counts(labels, num_classes), exponent)
-
-
 def deep_supervision_weights(num_scales: int) -> list[float]:
     """nnU-Net's weights of the resolutions: halved from scale to scale, 0 for the coarsest, sum 1."""
     if num_scales == 1:

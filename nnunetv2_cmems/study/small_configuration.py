@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nnunetv2_cmems.errors import CMEMSError, show_errors_as_sentences
+from nnunetv2_cmems.files import write_json
 
 
 def small_configuration(
@@ -101,9 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plans["configurations"][args.name] = small_configuration(
         plans, args.c, args.name, patch_size=args.patch, spacing=args.spacing, features=args.features, batch_size=args.batch
     )
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(plans, file, indent=4)
-    os.replace(f"{path}.tmp", path)
+    write_json(path, plans)
     print(f"added configuration {args.name} to {path}")
 
 

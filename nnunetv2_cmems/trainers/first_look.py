@@ -17,6 +17,7 @@ from nnunetv2_cmems.data.unlabelled import read_image
 from nnunetv2_cmems.method.label_space import LabelSpace
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import overlap
+from nnunetv2_cmems.study.pictures import contact_sheet
 
 SAMPLE = 8
 """Most scans that are looked at."""
@@ -112,12 +113,10 @@ def best_slice(look: Look) -> int:
 
 def draw_looks(path: str, looks: Mapping[str, Look], class_names: Mapping[int, str]) -> None:
     """The contact sheet: one row per scan, its slice with the largest organs."""
-    from nnunetv2_cmems.study import pictures
-
     rows = []
     for case, look in looks.items():
         z = best_slice(look)
         index = None if look.slices is None else int(look.slices[z])
         rows.append((case, index, look.agreement, look.image[z], look.mask[z], look.disagreement[z]))
     one = all(np.isnan(look.agreement) for look in looks.values())
-    pictures.contact_sheet(path, rows, class_names, title="one network: on the right, where it is unsure" if one else "")
+    contact_sheet(path, rows, class_names, title="one network: on the right, where it is unsure" if one else "")
