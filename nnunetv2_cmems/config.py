@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import types
 import typing
@@ -55,13 +56,16 @@ class TermConfig:
         enabled: off switch. A disabled term is not computed at all.
         weight: final weight of the term.
         start: fraction of the training before which the weight is 0.
-        rampup: fraction of the training, after ``start``, over which the weight grows linearly.
+        rampup: fraction of the training, after ``start``, over which the weight grows.
+        rampup_shape: how it grows: ``"linear"``, from 0; or ``"gaussian"``, exp(-5 (1 - t)^2) of it at the share t of the
+            ramp, as Mean Teacher and its kin do (Laine & Aila, ICLR 2017).
     """
 
     enabled: bool = True
     weight: float = _between(0.0, 1000.0, 1.0)
     start: float = _between(0.0, 1.0, 0.0)
     rampup: float = _between(0.0, 1.0, 0.0)
+    rampup_shape: Literal["linear", "gaussian"] = "linear"
 
     def weight_at(self, progress: float) -> float:
         """Weight at ``progress`` in [0, 1], the fraction of the training that is done."""
@@ -69,7 +73,8 @@ class TermConfig:
             return 0.0
         if self.rampup == 0.0:
             return self.weight
-        return self.weight * min(1.0, (progress - self.start) / self.rampup)
+        t = min(1.0, (progress - self.start) / self.rampup)
+        return self.weight * (t if self.rampup_shape == "linear" else math.exp(-5.0 * (1.0 - t) ** 2))
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,10 @@ class CMEMSConfig:
         allow_missing_classes: go on when the exemplars together lack a class.
         num_members: number of networks that teach each other. Two is the paper's method; one is
             its own teacher (as in FixMatch).
+        architecture: ``"plans"``: all members have the plans' network; ``"mixed"``: every second one its counterpart
+            of about the same size, a residual encoder in place of plain convolutions or the other way round.
+        ema_decay: above 0, pseudo-labels are made by running means of the members' weights that keep this share at each
+            step (Mean Teacher). The members themselves predict. 0: no running means.
         num_epochs: length of the training in epochs.
         iterations_per_epoch: optimiser steps an epoch (nnU-Net's 250).
         val_iterations_per_epoch: batches of the online validation an epoch (nnU-Net's 50).
@@ -200,12 +209,18 @@ class CMEMSConfig:
         image: consistency at image granularity.
         feature: consistency at feature granularity.
         tau: confidence (softmax) from which a prediction is a pseudo-label.
+        num_strong: strong views of each unlabelled image and member (two in UniMatch).
+        consistency: what a prediction on a strong view or perturbed features is compared with: ``"pseudo_label"``, the
+            teacher's decision, by cross-entropy and Dice; or ``"mean_squared_error"``, the teacher's probabilities.
         dice_weight: weight of the soft Dice loss beside cross-entropy, in the supervised terms.
         class_weighting: exponent of the inverse class frequency in the supervised cross-entropy's
             class weights, taken from the exemplars. 0: none; 1: full inverse frequency.
         final_class_weighting: its value at the end of the training; it changes linearly from one to the other. High
             weights find small organs early, low ones draw their borders where they are.
+        pseudo_cross_entropy_weight: weight of the cross-entropy in the two consistency terms.
         pseudo_dice_weight: ``dice_weight`` of the two consistency terms.
+        pseudo_dice: over which classes: ``"shown"``, the foreground classes that the pseudo-labels show, or ``"all"``, every
+            class with the background, and squares in the denominator, as the public code of UniMatch and its kin has it.
         pseudo_class_weighting: ``class_weighting`` of the two consistency terms.
         exemplar_views: deformation of exemplar images.
         supervised_intensity: appearance changes of exemplar and synthetic images.
@@ -227,6 +242,8 @@ class CMEMSConfig:
     exemplar: Literal["auto", "all", "one"] | tuple[ExemplarSpec, ...] = "auto"
     allow_missing_classes: bool = False
     num_members: int = _between(1, 4, 2)
+    architecture: Literal["plans", "mixed"] = "plans"
+    ema_decay: float = _between(0.0, 1.0, 0.0)
     num_epochs: int = _between(1, 10**6, 200)
     iterations_per_epoch: int = _between(1, 10**6, 250)
     val_iterations_per_epoch: int = _between(1, 10**6, 50)
@@ -242,10 +259,14 @@ class CMEMSConfig:
     image: TermConfig = TermConfig(start=0.2, rampup=0.3)
     feature: TermConfig = TermConfig(start=0.2, rampup=0.3)
     tau: float = _between(0.0, 1.0, 0.95)
+    num_strong: int = _between(1, 8, 1)
+    consistency: Literal["pseudo_label", "mean_squared_error"] = "pseudo_label"
     dice_weight: float = _between(0.0, 1000.0, 1.0)
     class_weighting: float = _between(0.0, 1.0, 1.0)
     final_class_weighting: float = _between(0.0, 1.0, 0.0)
+    pseudo_cross_entropy_weight: float = _between(0.0, 1000.0, 1.0)
     pseudo_dice_weight: float = _between(0.0, 1000.0, 1.0)
+    pseudo_dice: Literal["shown", "all"] = "shown"
     pseudo_class_weighting: float = _between(0.0, 1.0, 0.0)
     exemplar_views: SpatialConfig = SpatialConfig(rotation=45.0, scale=(0.6, 1.5), elastic=0.08)
     supervised_intensity: IntensityConfig = IntensityConfig(

@@ -39,6 +39,10 @@ def change_everything(values: dict[str, Any]) -> dict[str, Any]:
         "optimizer": "sgd",
         "initial_lr": 0.25,
         "low_resolution": 3.5,
+        "architecture": "mixed",
+        "consistency": "mean_squared_error",
+        "pseudo_dice": "all",
+        "rampup_shape": "gaussian",
     }
     changed = {}
     for key, value in values.items():

@@ -103,6 +103,10 @@ def test_train_be_killed_continue_predict_export(workspace: Workspace, tmp_path:
     cases = json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]
     assert [Path(case["prediction_file"]).name for case in cases] == [f"{case}.nii.gz" for case in VALIDATION]
     assert (fold / "progress.png").is_file() and (fold / "cmems_progress.png").is_file()
+    numbers = json.loads((fold / "cmems_history.json").read_text())
+    assert numbers["loss/supervised"] == pytest.approx(after["loss/supervised"]) and len(numbers["train_losses"]) == 4
+    reliability = json.loads((fold / "cmems_reliability.json").read_text())
+    assert [sum(epoch["count"]) for epoch in reliability["epochs"]] == [sum(reliability["epochs"][0]["count"])] * 4
 
     scans = str(workspace.raw / "imagesTs")
     quietly = ("-device", "cpu", "--disable_progress_bar")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nnunetv2_cmems.data.exemplar import PreprocessedDataset
 from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
-from nnunetv2_cmems.trainers.hidden_labels import HiddenLabels
+from nnunetv2_cmems.trainers.hidden_labels import CONFIDENCES, HiddenLabels, Reliability
 
 SPACE = Classes(("wall", "cavity"))
 REGIONS = Regions(("heart", "wall", "cavity"), None, ((1, 2), (1,), (2,)))
@@ -155,6 +155,48 @@ def test_accuracy_over_the_pixels_that_reach_tau() -> None:
     assert values["pseudo_label_dice/wall"] == pytest.approx(3 / 4)
     assert values["pseudo_label_dice/cavity"] == pytest.approx(1.0)
     assert values["pseudo_label_dice/mean"] == pytest.approx(7 / 8)
+
+
+def test_reliability_by_bins_of_confidence() -> None:
+    """OTHER teaches ONE and ONE teaches OTHER: 0.9 four times + 0.9 (3 + 2 right), 0.8 once (wrong), 0.6 once (right)."""
+    labels = HiddenLabels(torch.zeros(1, 1, 1, 4), TRUTH, SPACE)
+    values = labels.accuracy(network(ONE, OTHER), 0.85, CPU)
+    every, foreground = labels.reliability
+    shown = {edge: (every.count[i], every.confidence[i], every.right[i]) for i, edge in enumerate(CONFIDENCES[:-1]) if every.count[i]}
+    assert shown == {
+        0.6: (1, pytest.approx(0.6), 1),
+        0.8: (1, pytest.approx(0.8), 0),
+        0.9: (6, pytest.approx(5.4), 4),
+    }
+    assert values["pseudo_label_ece"] == pytest.approx((0.4 + 0.8 + 1.4) / 8)
+    assert foreground.count.sum() == 5 and foreground.right.sum() == 5  # background was said three times, never rightly
+    assert len(every.to_json()["count"]) == len(CONFIDENCES) - 1
+
+
+@pytest.mark.parametrize(("confidence", "edge"), [(0.0, 0.0), (0.0999, 0.0), (0.95, 0.95), (0.9799, 0.95), (0.9999, 0.999), (1.0, 0.999)])
+def test_each_confidence_falls_into_one_bin(confidence: float, edge: float) -> None:
+    one = torch.ones(1)
+    found = Reliability.of(confidence * one, one, one > 0)
+    assert CONFIDENCES[int(found.count.argmax())] == edge and found.count.sum() == found.right.sum() == 1
+
+
+def test_calibration_of_no_pixel_is_unknown() -> None:
+    nothing = torch.zeros(3)
+    assert np.isnan(Reliability.of(nothing, nothing, nothing > 0).calibration_error())
+
+
+def test_unlabelled_pixels_are_no_part_of_the_reliability() -> None:
+    labels = HiddenLabels(torch.zeros(1, 1, 1, 4), torch.tensor([[[1, -1, 1, -1]]]), SPACE)
+    labels.accuracy(network(ONE), 0.85, CPU)
+    assert labels.reliability[0].count.sum() == 2
+
+
+def test_regions_count_once_each() -> None:
+    inside = torch.tensor([[0.9, 0.2], [0.3, 0.4], [0.9, 0.9]])
+    labels = HiddenLabels(torch.zeros(1, 1, 1, 2), torch.tensor([[[1, 2]]]), REGIONS)
+    labels.accuracy(MutualNetworks(lambda: Member(inside.logit()[:, None]), 1), 0.5, CPU)
+    every, foreground = labels.reliability
+    assert every.count.sum() == 6 and foreground.count.sum() == 3
 
 
 def test_single_member_is_its_own_teacher() -> None:

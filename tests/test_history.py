@@ -104,6 +104,16 @@ def test_best_epoch_is_that_of_the_highest_smoothed_agreement(history: History, 
     assert history.last_is_best() is best
 
 
+def test_written_numbers(history: History, tmp_path: Path) -> None:
+    """nnU-Net's numbers are among them; what is no number is null, and what has none at all is left out."""
+    history.logger.log("train_losses", np.float32(0.5), 0)
+    history.logger.log("dice_per_class_or_region", [0.1, 0.2], 0)
+    history.add({"loss/a": 1.0, "agreement/mean": NAN}, 0)
+    history.add({"loss/a": float("inf")}, 1)
+    history.write(str(tmp_path / "history.json"))
+    assert json.loads((tmp_path / "history.json").read_text()) == {"train_losses": [0.5], "loss/a": [1.0, None]}
+
+
 def test_printed_lines(history: History) -> None:
     lines: list[str] = []
     history.add({"loss/a": 1.0, "loss/b": 0.25, "pseudo_label_accuracy": 0.5, "agreement/wall": NAN}, 0)

@@ -19,7 +19,7 @@ from nnunetv2_cmems.config import CMEMSConfig, IntensityConfig, SynthesisConfig,
 from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank
 from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
 from nnunetv2_cmems.method.networks import MemberOutput, MutualNetworks
-from nnunetv2_cmems.method.objective import Batches, Objective, batch_sizes, overlap, pseudo_label, unlabelled_statistics
+from nnunetv2_cmems.method.objective import Batches, Objective, batch_sizes, overlap, teacher, unlabelled_statistics
 
 DIMENSIONS = pytest.mark.parametrize("d", [2, 3])
 CPU = torch.device("cpu")
@@ -160,10 +160,10 @@ def test_pseudo_label_is_the_mean_of_the_others_where_it_reaches_tau(d: int) -> 
     rows = [[0.9, 0.05, 0.05], [0.2, 0.8, 0.0], [0.4, 0.5, 0.1]]
     probabilities = [torch.tensor(row).reshape(1, 3, *[1] * d) for row in rows]
     for member, tau, label, confident in [(0, 0.6, 1, True), (0, 0.7, 1, False), (1, 0.6, 0, True), (2, 0.6, 0, False), (2, 0.5, 0, True)]:
-        taught = pseudo_label(probabilities, member, tau, CLASSES)  # means: 0.3 0.65 0.05; 0.65 0.275 0.075; 0.55 0.425 0.025
+        taught = CLASSES.decide(teacher(probabilities, member), tau)  # means: 0.3 0.65 0.05; 0.65 0.275 0.075; 0.55 0.425 0.025
         assert taught.labels.shape == taught.confident.shape == (1, *[1] * d)
         assert (int(taught.labels), bool(taught.confident)) == (label, confident)
-    alone = pseudo_label(probabilities[:1], 0, 0.9, CLASSES)
+    alone = CLASSES.decide(teacher(probabilities[:1], 0), 0.9)
     assert (int(alone.labels), bool(alone.confident)) == (0, True), "tau itself is confident"
 
 
@@ -468,7 +468,8 @@ def test_every_preset_makes_a_step(preset: str) -> None:
     step = objective(config)(real_networks(2, config.num_members), unlabelled, 1.0)
     assert torch.isfinite(step.total)
     assert set(step.terms) == {name for name in ("supervised", "synthetic", "image", "feature") if getattr(config, name).enabled}
-    assert set(step.statistics) == ({"coverage", "agreement"} if config.uses_unlabelled else set())
+    agreement = {"agreement"} if config.num_members > 1 else set()
+    assert set(step.statistics) == ({"coverage", *agreement} if config.uses_unlabelled else set())
 
 
 def test_without_unlabelled_images_the_labelled_terms_remain() -> None:

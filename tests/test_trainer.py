@@ -205,19 +205,38 @@ def test_without_mutual_teaching_there_is_no_unlabelled_stream(workspace: Worksp
 
 def test_each_preset_changes_only_the_config() -> None:
     default = CMEMSConfig()
-    expected = {
+    peer: dict[str, Any] = {"synthetic": OFF, "feature": OFF}
+    same_views: dict[str, Any] = {"strong": default.weak, "cutmix": 0.0}
+    slowly = TermConfig(weight=0.2, rampup=1.0, rampup_shape="gaussian")
+    expected: dict[str, dict[str, Any]] = {
         "nnUNetTrainerCMEMS_paper": {"optimizer": "sgd", "final_class_weighting": 1.0},
         "nnUNetTrainerCMEMS_exemplarOnly": {"num_members": 1, "synthetic": OFF, "image": OFF, "feature": OFF},
+        "nnUNetTrainerCMEMS_allLabels": {"num_members": 1, "synthetic": OFF, "image": OFF, "feature": OFF, "exemplar": "all"},
         "nnUNetTrainerCMEMS_noSynthesis": {"synthetic": OFF},
         "nnUNetTrainerCMEMS_imageOnly": {"feature": OFF},
         "nnUNetTrainerCMEMS_featureOnly": {"image": OFF},
-    }
+        "nnUNetTrainerCMEMS_meanTeacher": {
+            **peer, **same_views, "num_members": 1, "ema_decay": 0.99, "consistency": "mean_squared_error", "tau": 0.0, "image": slowly,
+        },
+        "nnUNetTrainerCMEMS_cps": {
+            **peer, **same_views, "tau": 0.0, "image": TermConfig(), "pseudo_dice_weight": 0.0, "cutmix": 1.0,
+        },
+        "nnUNetTrainerCMEMS_fixMatch": {**peer, "num_members": 1, "image": TermConfig(), "pseudo_dice_weight": 0.0, "cutmix": 0.0},
+        "nnUNetTrainerCMEMS_uniMatch": {
+            "synthetic": OFF, "num_members": 1, "num_strong": 2, "image": TermConfig(), "feature": TermConfig(),
+            "pseudo_cross_entropy_weight": 0.0, "pseudo_dice": "all",
+        },
+        "nnUNetTrainerCMEMS_crossTeaching": {
+            **peer, **same_views, "architecture": "mixed", "tau": 0.0, "image": slowly, "pseudo_cross_entropy_weight": 0.0,
+            "pseudo_dice": "all",
+        },
+    }  # fmt: skip
     assert set(trainers.__all__) == {"nnUNetTrainerCMEMS", *expected}
     for name, changes in expected.items():
         preset = getattr(trainers, name)
         assert preset.config == dataclasses.replace(default, **changes), name
         assert {key for key in vars(preset) if not key.startswith("__")} == {"config"}, name
-        assert preset.__bases__ == (nnUNetTrainerCMEMS,)
+        assert issubclass(preset, nnUNetTrainerCMEMS)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +248,11 @@ def test_each_preset_changes_only_the_config() -> None:
         ("nnUNetTrainerCMEMS_noSynthesis", 2, {"supervised", "image", "feature"}),
         ("nnUNetTrainerCMEMS_imageOnly", 2, {"supervised", "synthetic", "image"}),
         ("nnUNetTrainerCMEMS_featureOnly", 2, {"supervised", "synthetic", "feature"}),
+        ("nnUNetTrainerCMEMS_allLabels", 1, {"supervised"}),
+        ("nnUNetTrainerCMEMS_meanTeacher", 1, {"supervised", "image"}),
+        ("nnUNetTrainerCMEMS_cps", 2, {"supervised", "image"}),
+        ("nnUNetTrainerCMEMS_fixMatch", 1, {"supervised", "image"}),
+        ("nnUNetTrainerCMEMS_uniMatch", 1, {"supervised", "image", "feature"}),
     ],
 )
 def test_each_preset_trains(workspace: Workspace, name: str, members: int, terms: set[str]) -> None:
@@ -313,6 +337,18 @@ def test_continued_training_counts_on(workspace: Workspace, monkeypatch: pytest.
         np.testing.assert_equal(after[key][:2], values[:2])
     assert (workspace.fold() / "checkpoint_final.pth").is_file()
     assert not (workspace.fold() / "checkpoint_latest.pth").exists()
+
+
+def test_checkpoint_that_is_older_than_a_key_of_the_config_goes_on(workspace: Workspace) -> None:
+    workspace.configure(num_epochs=2)
+    workspace.interrupted(epochs=1)
+    path = workspace.fold() / "checkpoint_latest.pth"
+    content = torch.load(path, weights_only=False)
+    del content["init_args"]["cmems"]["config"]["num_strong"], content["init_args"]["cmems"]["config"]["image"]["rampup_shape"]
+    torch.save(content, path)
+    resumed = workspace.resume()
+    resumed.run_training()
+    assert resumed.current_epoch == 2
 
 
 def test_continuing_a_finished_training_changes_nothing(workspace: Workspace) -> None:

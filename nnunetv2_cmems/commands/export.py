@@ -112,7 +112,7 @@ def export_model(
 
     Raises:
         CMEMSError: a file or fold is missing, a checkpoint cannot be read or is not ours, there is no
-            such member, folds have different numbers of members, the output is not empty or cannot be written.
+            such member or it has another architecture than the plans, folds have different numbers of members, the output is not empty or cannot be written.
     """
     output = os.path.abspath(output)
     if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
@@ -134,6 +134,7 @@ def export_model(
                 said = ", ".join(f"fold {key} has {count}" for key, count in counts.items())
                 raise CMEMSError(f"the folds differ in the number of networks ({said}) and would be weighted wrongly; export each alone.")
             for index in _chosen(member, counts[fold], file):
+                _must_be_of_the_plans(content, index, member, file)
                 number = len(sources)
                 folder = os.path.join(temporary, f"fold_{number}")
                 os.mkdir(folder)
@@ -194,6 +195,16 @@ def _chosen(member: int | None, count: int, file: str) -> Iterator[int]:
         there = "one network, number 0" if count == 1 else f"{count} networks, numbers 0 to {count - 1}"
         raise CMEMSError(f"there is no network number {member} in {file}, which holds {there}; correct --member.")
     yield from range(count) if member is None else (member,)
+
+
+def _must_be_of_the_plans(content: Mapping[str, Any], index: int, member: int | None, file: str) -> None:
+    """Refuse a member whose architecture is not the one that a stock trainer would build."""
+    config = content["init_args"].get("cmems", {}).get("config", {})
+    if config.get("architecture") != "mixed" or index % 2 == 0:
+        return
+    if member is None:
+        raise CMEMSError(f"the networks in {file} are of two architectures, of which nnU-Net knows the first; export that with --member 0.")
+    raise CMEMSError(f"network number {index} in {file} has another architecture than the plans; export number 0 with --member 0.")
 
 
 def _stock_checkpoint(content: Mapping[str, Any], member: int, fold: int) -> dict[str, Any]:

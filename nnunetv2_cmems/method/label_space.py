@@ -50,6 +50,10 @@ class LabelSpace(ABC):
         """Hard labels in head space, and where their confidence reaches ``tau``."""
 
     @abstractmethod
+    def confidence(self, probabilities: Tensor) -> Tensor:
+        """How sure :meth:`decide` is, in the shape of its labels."""
+
+    @abstractmethod
     def masks(self, labels: Tensor) -> Iterator[Tensor]:
         """(B, *spatial) bool for each of ``names``, from labels in head space."""
 
@@ -78,6 +82,9 @@ class Classes(LabelSpace):
         confidence, labels = probabilities.max(1)
         return PseudoLabel(labels, confidence >= tau)
 
+    def confidence(self, probabilities: Tensor) -> Tensor:
+        return probabilities.amax(1)
+
     def masks(self, labels: Tensor) -> Iterator[Tensor]:
         return (labels == k for k in range(1, len(self.names) + 1))
 
@@ -104,7 +111,10 @@ class Regions(LabelSpace):
         return torch.stack([self._inside(labels, region) for region in self.values], 1)
 
     def decide(self, probabilities: Tensor, tau: float) -> PseudoLabel:
-        return PseudoLabel(probabilities > 0.5, torch.maximum(probabilities, 1 - probabilities) >= tau)
+        return PseudoLabel(probabilities > 0.5, self.confidence(probabilities) >= tau)
+
+    def confidence(self, probabilities: Tensor) -> Tensor:
+        return torch.maximum(probabilities, 1 - probabilities)
 
     def masks(self, labels: Tensor) -> Iterator[Tensor]:
         return (mask > 0 for mask in labels.unbind(1))

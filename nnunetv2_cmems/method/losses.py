@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,9 @@ def segmentation_loss(
     mask: Tensor | None = None,
     *,
     weights: Tensor | None = None,
+    cross_entropy_weight: float = 1.0,
     dice_weight: float = 1.0,
+    dice_over: Literal["shown", "all"] = "shown",
     over_all_pixels: bool = False,
 ) -> Tensor:
     """Cross-entropy plus soft Dice over the pixels of ``mask``, deeply supervised.
@@ -60,7 +63,9 @@ def segmentation_loss(
         target: (B, *spatial) class indices, or (B, K, *spatial) bool for K regions, at the finest resolution.
         mask: (B, *spatial) bool, the pixels that count, or (B, K, *spatial), those that count for each region; None: all.
         weights: (K,) class weights of the cross-entropy, or (K, 2) for the outside and the inside of each region.
+        cross_entropy_weight: weight of the cross-entropy.
         dice_weight: weight of the Dice loss beside the cross-entropy.
+        dice_over: which classes the Dice loss counts, see :func:`dice_loss` and :func:`dice_loss_of_all`.
         over_all_pixels: divide the cross-entropy by all pixels instead of those in ``mask``, so that
             few confident pixels weigh little (as FixMatch does).
 
@@ -74,10 +79,12 @@ def segmentation_loss(
         size = logits.shape[2:]
         scale_target = _nearest(target, size)
         scale_mask = None if mask is None else _nearest(mask, size)
-        loss = cross_entropy(logits, scale_target, scale_mask, weights=weights, over_all_pixels=over_all_pixels)
+        if cross_entropy_weight:
+            entropy = cross_entropy(logits, scale_target, scale_mask, weights=weights, over_all_pixels=over_all_pixels)
+            total = total + scale_weight * cross_entropy_weight * entropy
         if dice_weight:
-            loss = loss + dice_weight * dice_loss(logits, scale_target, scale_mask)
-        total = total + scale_weight * loss
+            dice = (dice_loss if dice_over == "shown" else dice_loss_of_all)(logits, scale_target, scale_mask)
+            total = total + scale_weight * dice_weight * dice
     return total
 
 
@@ -123,6 +130,46 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     dice = 2 * intersection / (probabilities.sum(axes) + size).clamp_min(1e-6)
     shown = (size > 0).float()
     return ((1 - dice) * shown).sum() / shown.sum().clamp_min(1.0)
+
+
+def dice_loss_of_all(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """1 - soft Dice over the batch, mean over every class, shown or not, the background among them (or every region).
+
+    With squares in the denominator and a smoothing of 1e-5, as the public code of UniMatch and of cross teaching has it.
+
+    Shape:
+        ``logits`` (B, K, *spatial), ``target`` and ``mask`` (B, *spatial) or, for regions, (B, K, *spatial), result a scalar.
+    """
+    if target.ndim == logits.ndim:
+        probabilities, one_hot = logits.float().sigmoid(), target.float()
+    else:
+        probabilities = logits.float().softmax(1)
+        one_hot = torch.zeros_like(probabilities).scatter_(1, target[:, None], 1.0)
+    if mask is not None:
+        mask = over_heads(mask, probabilities)
+        probabilities, one_hot = probabilities * mask, one_hot * mask
+    axes = [0, *range(2, logits.ndim)]
+    intersection = (probabilities * one_hot).sum(axes)
+    size = probabilities.square().sum(axes) + one_hot.sum(axes)
+    return (1 - (2 * intersection + 1e-5) / (size + 1e-5)).mean()
+
+
+def mean_squared_error(scales: Sequence[Tensor], probabilities: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference of two predictions, over the heads and all pixels, deeply supervised; 0 outside of ``mask``.
+
+    The consistency of Mean Teacher (Tarvainen & Valpola, NeurIPS 2017).
+
+    Shape:
+        ``scales`` probabilities (B, K, *spatial_s), the finest resolution first; ``probabilities`` (B, K, *spatial);
+        ``mask`` (B, *spatial) or, for regions, (B, K, *spatial) bool; result a scalar.
+    """
+    total = scales[0].new_zeros((), dtype=torch.float32)
+    for found, scale_weight in zip(scales, deep_supervision_weights(len(scales))):
+        if scale_weight:
+            size = found.shape[2:]
+            squares = (found - _nearest(probabilities, size)).square() * over_heads(_nearest(mask, size), found)
+            total = total + scale_weight * squares.mean()
+    return total
 
 
 def over_heads(mask: Tensor, values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,16 +42,30 @@ class MutualNetworks(nn.Module):
     Args:
         make_member: builds one freshly initialised network.
         num_members: how many to build.
+        make_other: builds a network of another architecture; None: there is none.
+        mixed: every second member is of that other architecture.
+        averaged: the pseudo-labels are not the members' own, but those of running means of their weights
+            (Mean Teacher), see :attr:`teachers`.
 
     Shape:
         - ``forward(x)``: (B, C, *spatial) to (B, K, *spatial), or to a list of these with deep supervision.
         - ``forward(supervised, weak, strong)``: see :meth:`forward`.
     """
 
-    def __init__(self, make_member: Callable[[], nn.Module], num_members: int) -> None:
+    def __init__(
+        self,
+        make_member: Callable[[], nn.Module],
+        num_members: int,
+        *,
+        make_other: Callable[[], nn.Module] | None = None,
+        mixed: bool = False,
+        averaged: bool = False,
+    ) -> None:
         super().__init__()
-        self._make_member = make_member
-        self.members = nn.ModuleList(make_member() for _ in range(num_members))
+        self._makers = [make_member] if make_other is None else [make_member, make_other]
+        self.members = nn.ModuleList(self._makers[i % 2 if mixed else 0]() for i in range(num_members))
+        self.teachers = nn.ModuleList(copy.deepcopy(member).requires_grad_(False) for member in self.members if averaged)
+        """Running means of the members' weights, which make the pseudo-labels; empty: the members make them themselves."""
         self.only: int | None = None
         """Index of the one member that :meth:`forward` of a single tensor asks; None: the mean of all."""
 
@@ -61,7 +76,7 @@ class MutualNetworks(nn.Module):
 
     @deep_supervision.setter
     def deep_supervision(self, enabled: bool) -> None:
-        for member in self.members:
+        for member in (*self.members, *self.teachers):
             setattr(member.decoder, "deep_supervision", enabled)  # noqa: B010
 
     def forward(
@@ -86,8 +101,22 @@ class MutualNetworks(nn.Module):
         if isinstance(supervised, Tensor):
             return self._mean(supervised)
         none = [None] * len(self.members)
-        streams = zip(self.members, supervised, weak or none, strong or none)
-        return [_member_step(member, s, w, v, dropout) for member, s, w, v in streams]
+        streams = zip(self.members, self.teachers or none, supervised, weak or none, strong or none)
+        return [_member_step(member, teacher, s, w, v, dropout) for member, teacher, s, w, v in streams]
+
+    @property
+    def labellers(self) -> nn.ModuleList:
+        """The networks that make the pseudo-labels, one per member."""
+        return self.teachers if len(self.teachers) else self.members
+
+    @torch.no_grad()
+    def update_teachers(self, decay: float) -> None:
+        """Move the running means on: ``decay`` of what they are, the rest of what the members are now."""
+        for teacher, member in zip(self.teachers, self.members):  # not by state_dict, which names shared tensors twice
+            for mean, value in zip(teacher.parameters(), member.parameters()):
+                mean.lerp_(value, 1 - decay)
+            for mean, value in zip(teacher.buffers(), member.buffers()):
+                mean.copy_(value)
 
     def _mean(self, x: Tensor) -> Tensor | list[Tensor]:
         outputs = [member(x) for member in (self.members if self.only is None else [self.members[self.only]])]
@@ -96,16 +125,35 @@ class MutualNetworks(nn.Module):
         return _average(outputs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch, but the number of members follows the weights.
+        """As in torch, but the number of members and their architectures follow the weights.
 
-        nnU-Net builds the network at inference without knowing how many members were trained.
+        nnU-Net builds the network at inference without knowing how many members were trained, and of which kind. Running
+        means that this module does not keep are left out.
         """
         count = count_members(state_dict)
         if count:
             while len(self.members) < count:
-                self.members.append(self._make_member())
+                self.members.append(self._makers[0]())
             del self.members[count:]
+            for i, member in enumerate(self.members):
+                self.members[i] = self._of_shape(_shapes(state_dict, f"members.{i}."), member)
+        if not len(self.teachers):
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("teachers.")}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+    def _of_shape(self, wanted: Mapping[str, torch.Size], member: nn.Module) -> nn.Module:
+        """A network that weights of these shapes fit; ``member`` itself where it or none does."""
+        if _shapes(member.state_dict()) != wanted:
+            for make in self._makers:
+                other = make()
+                if _shapes(other.state_dict()) == wanted:
+                    return other
+        return member
+
+
+def _shapes(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, torch.Size]:
+    return {key[len(prefix) :]: value.shape for key, value in state_dict.items() if key.startswith(prefix)}
 
 
 def count_members(state_dict: Mapping[str, Any]) -> int:
@@ -123,7 +171,7 @@ def _average(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def _member_step(
-    member: Any, supervised: Tensor | None, weak: Tensor | None, strong: Tensor | None, dropout: ChannelDropout | None
+    member: Any, teacher: Any, supervised: Tensor | None, weak: Tensor | None, strong: Tensor | None, dropout: ChannelDropout | None
 ) -> MemberOutput:
     """One member's training step; nothing is computed twice.
 
@@ -133,6 +181,8 @@ def _member_step(
 
     The pass without gradient comes last: autocast caches the half-precision copies of the weights, and
     copies made without gradient would cut the later passes off from it.
+
+    Where the member has a ``teacher``, a running mean of it, the pseudo-label is the teacher's.
     """
     with_gradient = [x for x in (supervised, strong) if x is not None]
     num_supervised = 0 if supervised is None else len(supervised)
@@ -144,13 +194,14 @@ def _member_step(
         dropped = dropout([level[first:] for level in features])
         scales = _scales(member.decoder([torch.cat([level[:first], drop]) for level, drop in zip(features, dropped)]))
         perturbed = [scale[first:] for scale in scales]
-        with torch.no_grad():
-            weak_logits = _scales(member.decoder([level[first:].detach() for level in features]))[0]
+        if teacher is None:
+            with torch.no_grad():
+                weak_logits = _scales(member.decoder([level[first:].detach() for level in features]))[0]
     else:
         scales = _scales(member(torch.cat(with_gradient))) if with_gradient else []
-        if weak is not None:
-            with torch.no_grad():
-                weak_logits = _scales(member(weak))[0]
+    if weak is not None and weak_logits is None:
+        with torch.no_grad():
+            weak_logits = _scales((teacher or member)(weak))[0]
     return MemberOutput(
         supervised=None if supervised is None else [scale[:num_supervised] for scale in scales],
         strong=None if strong is None else [scale[num_supervised : num_supervised + num_strong] for scale in scales],

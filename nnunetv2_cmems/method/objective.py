@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnunetv2_cmems.config import CMEMSConfig
+from nnunetv2_cmems.config import CMEMSConfig, TermConfig
 from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank, ExemplarCrops
 from nnunetv2_cmems.method.feature_perturbation import ChannelDropout
 from nnunetv2_cmems.method.label_space import LabelSpace, PseudoLabel
-from nnunetv2_cmems.method.losses import segmentation_loss
+from nnunetv2_cmems.method.losses import mean_squared_error, segmentation_loss
 from nnunetv2_cmems.method.networks import MemberOutput
 from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix
 from nnunetv2_cmems.method.synthesis import SyntheticBatch, choose_backgrounds, synthesise
@@ -74,6 +74,32 @@ def batch_sizes(config: CMEMSConfig, planned: int) -> Batches:
     return Batches(exemplar, synthetic, unlabelled)
 
 
+def passes_per_step(config: CMEMSConfig, batches: Batches, decoder_share: float = 0.5) -> float:
+    """What a step costs, in passes of one image through one network; the mean over the training.
+
+    A forward pass counts 1, a backward pass 2; nnU-Net's own step costs three times its batch size. The table is in
+    ``docs/method.md``.
+
+    Args:
+        config: which streams there are, and when.
+        batches: images of each stream.
+        decoder_share: the decoder's share in a pass.
+    """
+    passes = 3.0 * (batches.exemplar + batches.synthetic)
+    if config.uses_unlabelled:
+        image, feature = (_active(term) for term in (config.image, config.feature))
+        perturbed = 3 * decoder_share + 2 * (1 - decoder_share)
+        if config.ema_decay:  # the weak view goes through the member's encoder besides its running mean
+            perturbed += 1 - decoder_share
+        passes += batches.unlabelled * (1 + 3 * config.num_strong * image + perturbed * feature)
+    return config.num_members * passes
+
+
+def _active(term: TermConfig) -> float:
+    """Share of the training in which a term is computed."""
+    return 1.0 - term.start if term.enabled and term.weight > 0 else 0.0
+
+
 class Objective:
     """The loss of CMEMS.
 
@@ -126,9 +152,12 @@ class Objective:
             if config.uses_unlabelled and crops is not None:
                 u_w = [change_appearance(crops, config.weak) for _ in members]
                 if config.image.weight_at(progress) > 0:
-                    u_s = [change_appearance(crops, config.strong) for _ in members]
-                    mixes = [draw_cutmix(len(crops), self.bank.patch, config.cutmix, crops.device) for _ in members]
-                    u_s = [mix(view) for mix, view in zip(mixes, u_s)]
+                    views = [[change_appearance(crops, config.strong) for _ in range(config.num_strong)] for _ in members]
+                    mixes = [
+                        [draw_cutmix(len(crops), self.bank.patch, config.cutmix, crops.device) for _ in range(config.num_strong)]
+                        for _ in members
+                    ]
+                    u_s = [torch.cat([mix(view) for mix, view in zip(*pair)]) for pair in zip(mixes, views)]
         dropout = self.dropout if u_w is not None and config.feature.weight_at(progress) > 0 else None
 
         with self.autocast():
@@ -142,10 +171,14 @@ class Objective:
             probabilities = [self.space.probabilities(output.weak) for output in outputs if output.weak is not None]
             statistics = unlabelled_statistics(probabilities, config.tau, self.space)
             for i, output in enumerate(outputs):
-                taught = pseudo_label(probabilities, i, config.tau, self.space)
+                taught = self._taught(teacher(probabilities, i))
                 if output.strong is not None:
-                    mixed = PseudoLabel(mixes[i](taught.labels), mixes[i](taught.confident))
-                    terms.setdefault("image", []).append(self._consistency(output.strong, mixed))
+                    each_view = zip(*(scale.chunk(config.num_strong) for scale in output.strong))
+                    losses = [
+                        self._consistency(list(scales), PseudoLabel(mix(taught.labels), mix(taught.confident)))
+                        for mix, scales in zip(mixes[i], each_view)
+                    ]
+                    terms.setdefault("image", []).append(torch.stack(losses).mean())
                 if output.perturbed is not None:
                     terms.setdefault("feature", []).append(self._consistency(output.perturbed, taught))
 
@@ -205,31 +238,36 @@ class Objective:
                 )
                 terms.setdefault(name, []).append(loss)
 
+    def _taught(self, probabilities: Tensor) -> PseudoLabel:
+        """What a teacher's prediction teaches: its decisions, or itself; where it is sure."""
+        taught = self.space.decide(probabilities, self.config.tau)
+        return taught if self.config.consistency == "pseudo_label" else PseudoLabel(probabilities, taught.confident)
+
     def _consistency(self, scales: list[Tensor], taught: PseudoLabel) -> Tensor:
+        config = self.config
+        if config.consistency == "mean_squared_error":
+            return mean_squared_error([self.space.probabilities(scale) for scale in scales], taught.labels, taught.confident)
         return segmentation_loss(
             scales,
             taught.labels,
             taught.confident,
             weights=self.pseudo_weights,
-            dice_weight=self.config.pseudo_dice_weight,
+            cross_entropy_weight=config.pseudo_cross_entropy_weight,
+            dice_weight=config.pseudo_dice_weight,
+            dice_over=config.pseudo_dice,
             over_all_pixels=True,
         )
 
 
-def pseudo_label(probabilities: Sequence[Tensor], member: int, tau: float, space: LabelSpace) -> PseudoLabel:
-    """What ``member`` is taught: the other members' mean prediction, where it reaches ``tau``.
-
-    A single member teaches itself.
+def teacher(probabilities: Sequence[Tensor], member: int) -> Tensor:
+    """What teaches ``member``: the other members' mean prediction. A single member teaches itself.
 
     Args:
         probabilities: one (U, heads, *spatial) per member, without gradient.
         member: index of the pupil.
-        tau: confidence threshold.
-        space: what the heads mean.
     """
     others = [p for i, p in enumerate(probabilities) if i != member] or [probabilities[member]]
-    mean = others[0] if len(others) == 1 else torch.stack(others).mean(0)
-    return space.decide(mean, tau)
+    return others[0] if len(others) == 1 else torch.stack(others).mean(0)
 
 
 def unlabelled_statistics(probabilities: Sequence[Tensor], tau: float, space: LabelSpace) -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -38,6 +40,7 @@ from nnunetv2_cmems.data.sources import FEWEST_CASES_TO_SPLIT, find_unlabelled, 
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader, check_images
 from nnunetv2_cmems.data.validation import ValidationLoader
 from nnunetv2_cmems.errors import CMEMSError, first_line, show_errors_as_sentences
+from nnunetv2_cmems.files import write_json
 from nnunetv2_cmems.method.exemplars import ExemplarBank
 from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
 from nnunetv2_cmems.method.losses import weights_from
@@ -46,8 +49,9 @@ from nnunetv2_cmems.method.objective import Objective, batch_sizes
 from nnunetv2_cmems.method.perturbations import rotation_planes
 from nnunetv2_cmems.method.planes import AnnotatedPlane
 from nnunetv2_cmems.method.synthesis import reach
+from nnunetv2_cmems.trainers.architectures import counterpart
 from nnunetv2_cmems.trainers.first_look import draw_looks, look_at, sample
-from nnunetv2_cmems.trainers.hidden_labels import HiddenLabels
+from nnunetv2_cmems.trainers.hidden_labels import CONFIDENCES, HiddenLabels
 from nnunetv2_cmems.trainers.history import History
 from nnunetv2_cmems.trainers.optimizer import WarmedUpPoly
 from nnunetv2_cmems.trainers.snapshot import draw_snapshot
@@ -100,7 +104,12 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if config.best_checkpoint == "agreement":
             self._best_ema = np.inf  # switches nnU-Net's own choice off, which follows validation labels
         # nnU-Net calls this with the network's arguments; the number of members comes from the config
-        build = functools.partial(type(self).build_network_architecture, num_members=config.num_members)
+        build = functools.partial(
+            type(self).build_network_architecture,
+            num_members=config.num_members,
+            mixed=config.architecture == "mixed",
+            averaged=config.ema_decay > 0,
+        )
         self.build_network_architecture = build  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------ networks
@@ -113,16 +122,20 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
         num_members: int = 2,
+        mixed: bool = False,
+        averaged: bool = False,
     ) -> nn.Module:
-        """The members, each of the plans' architecture and drawn afresh.
+        """The members, each of the plans' architecture (or its counterpart, where they are ``mixed``) and drawn afresh.
 
-        At inference the number of members follows the weights that are loaded.
+        At inference the number of members and their architectures follow the weights that are loaded.
         """
+        plans = configuration_manager.network_arch_class_name, configuration_manager.network_arch_init_kwargs
+        other = counterpart(*plans)
 
-        def make_member() -> nn.Module:
+        def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
             return get_network_from_plans(
-                configuration_manager.network_arch_class_name,
-                configuration_manager.network_arch_init_kwargs,
+                name,
+                arguments,
                 configuration_manager.network_arch_init_kwargs_req_import,
                 num_input_channels,
                 num_output_channels,
@@ -130,7 +143,13 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
                 deep_supervision=enable_deep_supervision,
             )
 
-        return MutualNetworks(make_member, num_members)
+        return MutualNetworks(
+            functools.partial(make, *plans),
+            num_members,
+            make_other=None if other is None else functools.partial(make, *other),
+            mixed=mixed,
+            averaged=averaged,
+        )
 
     @property
     def mutual_networks(self) -> Any:
@@ -144,6 +163,12 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self._check_preprocessed()
         if self.config.seed is not None:
             _seed_everything(self.config.seed)
+        manager = self.configuration_manager
+        if self.config.architecture == "mixed" and counterpart(manager.network_arch_class_name, manager.network_arch_init_kwargs) is None:
+            raise CMEMSError(
+                f"'architecture' is \"mixed\" ({self._config_source}), but no counterpart of {manager.network_arch_class_name} is known; "
+                'choose plans with a PlainConvUNet or a ResidualEncoderUNet, or set it to "plans".'
+            )
         super().initialize()
         if self.config.feature.enabled and not splits(self.mutual_networks.members[0]):
             raise CMEMSError(
@@ -394,6 +419,9 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         else:
             scaler.step(self.optimizer)
             scaler.update()
+        if self.config.ema_decay:
+            done = self.current_epoch * self.num_iterations_per_epoch + self._step_in_epoch
+            self.mutual_networks.update_teachers(min(1 - 1 / (done + 1), self.config.ema_decay))  # a true mean at first
         self._step_in_epoch += 1
         return values
 
@@ -437,6 +465,18 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if self.hidden_labels is not None:
             found = self.hidden_labels.accuracy(self.mutual_networks, self.config.tau, self.device)
             self.history.add(found, self.current_epoch)
+            self._write_reliability(self.hidden_labels)
+
+    def _write_reliability(self, labels: HiddenLabels) -> None:
+        """Add the epoch to ``cmems_reliability.json``."""
+        path = os.path.join(self.output_folder, "cmems_reliability.json")
+        epochs = []
+        if self.current_epoch:
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+                epochs = json.load(file)["epochs"][: self.current_epoch]
+        epochs += [None] * (self.current_epoch - len(epochs))
+        every, foreground = (reliability.to_json() for reliability in labels.reliability)
+        write_json(path, {"edges": CONFIDENCES, "epochs": [*epochs, {**every, "foreground": foreground}]})
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's, where the fold has validation cases; then ``unlabelled.png``, a look at scans without labels."""
@@ -475,6 +515,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_best.pth"))
             self.current_epoch += 1
         self.history.plot(os.path.join(self.output_folder, "cmems_progress.png"))
+        self.history.write(os.path.join(self.output_folder, "cmems_history.json"))
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -523,7 +564,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
                 f"{count_members(weights)} or start a new training without --c."
             )
         if self._continues:
-            changed = differences(record["config"], self.config.to_dict())
+            changed = differences(config.to_dict(), self.config.to_dict())  # a key that is newer than the checkpoint has its default
             if changed:
                 raise CMEMSError(
                     f"the training in {self.output_folder} was started with another config: {', '.join(changed)}; restore it "

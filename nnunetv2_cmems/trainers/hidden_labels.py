@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -14,13 +16,52 @@ from nnunetv2_cmems.data.exemplar import PreprocessedDataset
 from nnunetv2_cmems.method.label_space import LabelSpace
 from nnunetv2_cmems.method.losses import over_heads
 from nnunetv2_cmems.method.networks import MutualNetworks
-from nnunetv2_cmems.method.objective import overlap, pseudo_label
+from nnunetv2_cmems.method.objective import overlap, teacher
 from nnunetv2_cmems.trainers.history import dice_values
+
+CONFIDENCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
+"""Edges of the bins of a reliability diagram; narrow near 1, where thresholds lie."""
 
 _LEAST_CASES, _MOST_CASES = 4, 16
 _MOST_VOXELS = _MOST_CASES * 512**2  # of all crops together
 _BATCH = 8
 _BATCH_VOXELS = _BATCH * 512**2
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence against accuracy: for each bin of :data:`CONFIDENCES` the pixels, the sum of their confidences, and how many are right.
+
+    Shape:
+        Each (bins,). A bin holds its lower edge, and the last one 1.
+    """
+
+    count: np.ndarray
+    confidence: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, confidence: Tensor, right: Tensor, counted: Tensor) -> Reliability:
+        """The sums over the pixels of ``counted`` (bool); all of one shape."""
+        edges = torch.tensor(CONFIDENCES[1:-1], device=confidence.device)
+        bins = torch.bucketize(confidence[counted].contiguous(), edges, right=True)
+        weights = (torch.ones_like(confidence), confidence, right)
+        sums = (torch.bincount(bins, weight[counted].double(), len(CONFIDENCES) - 1) for weight in weights)
+        return cls(*(values.cpu().numpy() for values in sums))
+
+    def __add__(self, other: Reliability) -> Reliability:
+        return Reliability(self.count + other.count, self.confidence + other.confidence, self.right + other.right)
+
+    def calibration_error(self) -> float:
+        """Expected calibration error (Naeini et al., AAAI 2015): mean gap of confidence and accuracy, by pixels; NaN without pixels."""
+        shown = self.count > 0
+        if not shown.any():
+            return float("nan")
+        gaps = np.abs(self.right[shown] - self.confidence[shown])
+        return float(gaps.sum() / self.count.sum())
+
+    def to_json(self) -> dict[str, list[float]]:
+        return {name: [round(float(value), 3) for value in values] for name, values in asdict(self).items()}
 
 
 class HiddenLabels:
@@ -38,6 +79,8 @@ class HiddenLabels:
         self.images = images
         self.labels = labels
         self.space = space
+        self.reliability: list[Reliability] = []
+        """Of all pixels, and of those that are taken for foreground; from the last call of :meth:`accuracy`."""
 
     @classmethod
     def of(cls, cases: Sequence[str], dataset: PreprocessedDataset, patch: Sequence[int], space: LabelSpace) -> HiddenLabels | None:
@@ -73,27 +116,35 @@ class HiddenLabels:
     def accuracy(self, network: MutualNetworks, tau: float, device: torch.device) -> dict[str, float]:
         """Accuracy and Dice of the pseudo-labels, over the pixels that reach tau, mean over the members.
 
-        With regions, a pixel counts once for each region that it is sure of.
+        With regions, a pixel counts once for each region that it is sure of. The expected calibration error counts all
+        pixels that have a label, whatever their confidence.
         """
         space = self.space
-        members = len(network.members)
+        labellers = network.labellers
         batch = min(_BATCH, max(1, _BATCH_VOXELS // self.labels[0].numel()))
         right = sure = 0.0
         overlaps = np.zeros((2, len(space.names)))
+        reliability: list[list[Reliability]] = []
         for first in range(0, len(self.images), batch):
             images, labels = self.images[first : first + batch].to(device), self.labels[first : first + batch].to(device).long()
-            probabilities = [space.probabilities(_finest(member(images))) for member in network.members]
+            probabilities = [space.probabilities(_finest(member(images))) for member in labellers]
             truth = space.target(labels)
             known = over_heads(labels >= 0, truth)
-            for member in range(members):
-                found, confident = pseudo_label(probabilities, member, tau, space)
+            for member in range(len(labellers)):
+                taught = teacher(probabilities, member)
+                found, confident = space.decide(taught, tau)
                 counted = confident & known
                 right += float(((found == truth) & counted).sum())
                 sure += float(counted.sum())
                 overlaps += overlap(torch.where(counted, found, 0), torch.where(counted, truth, 0), space).cpu().numpy()
+                right_or_wrong, confidence = (found == truth).float(), space.confidence(taught)
+                pixels = (known.expand_as(found), known & (found > 0))
+                reliability.append([Reliability.of(confidence, right_or_wrong, counts) for counts in pixels])
+        self.reliability = [functools.reduce(Reliability.__add__, parts) for parts in zip(*reliability)]
         values = dice_values("pseudo_label_dice", overlaps, space.names)
         if sure:
             values["pseudo_label_accuracy"] = right / sure
+        values["pseudo_label_ece"] = self.reliability[0].calibration_error()
         return values
 
 

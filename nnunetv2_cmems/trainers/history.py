@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.logging.nnunet_logger import LocalLogger, MetaLogger
 
+from nnunetv2_cmems.files import write_json
 from nnunetv2_cmems.study.pictures import plot_curves
 
 _NNUNETS_KEYS = frozenset(LocalLogger().my_fantastic_logging)
@@ -78,6 +79,11 @@ class History:
         for group, texts in groups.items():
             log(f"{group}: {', '.join(texts)}")
 
+    def write(self, path: str) -> None:
+        """All curves, nnU-Net's numbers among them, as JSON: a list per key with one entry per epoch; null where there is no number."""
+        numbers = {key: [_number(value) for value in values] for key, values in self._all.items()}
+        write_json(path, {key: values for key, values in numbers.items() if any(value is not None for value in values)})
+
     def plot(self, path: str) -> None:
         """Draw all curves."""
         plot_curves(self.curves, path)
@@ -92,6 +98,10 @@ def dice_values(prefix: str, overlap: np.ndarray, names: Sequence[str]) -> dict[
     dice = [_ratio(shared, size) for shared, size in overlap.T]
     known = [value for value in dice if not np.isnan(value)]
     return {**{f"{prefix}/{name}": value for name, value in zip(names, dice)}, f"{prefix}/mean": float(np.mean(known)) if known else 0.0}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.ndim(value) == 0 and value is not None and np.isfinite(value) else None
 
 
 def _ratio(part: float, whole: float) -> float:
