@@ -113,10 +113,10 @@ class MutualNetworks(nn.Module):
     def update_teachers(self, decay: float) -> None:
         """Move the running means on: ``decay`` of what they are, the rest of what the members are now."""
         for teacher, member in zip(self.teachers, self.members):  # not by state_dict, which names shared tensors twice
-            for mean, value in zip(teacher.parameters(), member.parameters()):
-                mean.lerp_(value, 1 - decay)
-            for mean, value in zip(teacher.buffers(), member.buffers()):
-                mean.copy_(value)
+            for weight, value in zip(teacher.parameters(), member.parameters()):
+                weight.lerp_(value, 1 - decay)
+            for buffer, current in zip(teacher.buffers(), member.buffers()):
+                buffer.copy_(current)
 
     def _mean(self, x: Tensor) -> Tensor | list[Tensor]:
         outputs = [member(x) for member in (self.members if self.only is None else [self.members[self.only]])]
