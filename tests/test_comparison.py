@@ -281,6 +281,11 @@ def test_baseline(benchmark: Benchmark) -> None:
     assert find_baseline(comparison) == "CMEMS"
     assert find_baseline(comparison, FLOOR) == find_baseline(comparison, "CMEMS_exemplarOnly") == "CMEMS_exemplarOnly"
     assert find_baseline(comparison, "CMEMS, tau 0.5") == "CMEMS, tau 0.5"
+    path = benchmark.folder / "benchmark.json"
+    for recorded, expected in (("CMEMS, tau 0.5", "CMEMS, tau 0.5"), ("not trained yet", "CMEMS")):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "baseline": recorded}))
+        write_tables(str(benchmark.folder))
+        assert set(benchmark.table("tests")["baseline"]) == {expected}
     with pytest.raises(CMEMSError, match=r"baseline 'CMEMS_exemplaronly' has no finished run.*did you mean 'CMEMS_exemplarOnly'\?"):
         find_baseline(comparison, "CMEMS_exemplaronly")
     with pytest.raises(CMEMSError, match="choose one of CMEMS_exemplarOnly, CMEMS, CMEMS, tau 0.5"):

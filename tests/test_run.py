@@ -93,7 +93,7 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path: Path, monkeypa
     train(SPEC, str(tmp_path))
     before = Path(run_folder(str(tmp_path), SPEC), "run.json").read_text()
     with pytest.raises(CMEMSError, match="run.json is of a run with other settings; .* -o"):
-        train(dataclasses.replace(SPEC, overrides={"seed": 3}), str(tmp_path))
+        train(dataclasses.replace(SPEC, fold="1"), str(tmp_path))
     assert Path(run_folder(str(tmp_path), SPEC), "run.json").read_text() == before
 
 
@@ -121,6 +121,7 @@ def test_interruption_stops_the_training_and_leaves_an_unfinished_run(tmp_path: 
         os.kill(int(pid.read_text()), 0)
     folder = run_folder(str(tmp_path), SPEC)
     assert read_run(folder).state == "running" and not is_finished(folder)
+    assert read_run(folder).wall_seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def export_model(
         The numbers of the folds in the output, in order: what ``-f`` of nnU-Net's prediction takes.
 
     Raises:
-        CMEMSError: a file or fold is missing, a checkpoint cannot be read or is not ours, there is no
-            such member or it has another architecture than the plans, folds have different numbers of members, the output is not empty or cannot be written.
+        CMEMSError: a file or fold is missing, a checkpoint cannot be read or is not ours, there is no such member or it has another
+            architecture than the plans, folds have different numbers of members, the output is not empty or cannot be written.
     """
     output = os.path.abspath(output)
     if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):

@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("nnunetv2_cmems.commands.export", "write a model folder that nnU-Net predicts with, also without this package"),
     "suggest": ("nnunetv2_cmems.commands.suggest", "say which slice to annotate first, and write an empty mask for it"),
     "plan_and_preprocess": ("nnunetv2_cmems.commands.plan_and_preprocess", "nnU-Net's planning and preprocessing, with unlabelled scans"),
+    "benchmark": ("nnunetv2_cmems.commands.benchmark", "train methods on the same exemplars and compare them; studies of one setting"),
+    "report": ("nnunetv2_cmems.commands.report", "write one HTML file about a benchmark: tables, figures, gallery"),
     "trainer_path": ("nnunetv2_cmems.commands.trainer_path", "print the folder for the variable nnUNet_extTrainer"),
 }
 """Subcommand -> (module, one line for the help)."""

@@ -49,10 +49,10 @@ from nnunetv2_cmems.data.looks import patient_of
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.files import write_json, write_text
 from nnunetv2_cmems.study.metrics import distance_unit, read_metrics
-from nnunetv2_cmems.study.run import METRICS, RECORD, RUNS, RunRecord, RunSpec, fold_folder, is_finished, read_run
+from nnunetv2_cmems.study.run import BENCHMARK, METRICS, RECORD, RUNS, RunRecord, RunSpec, fold_folder, is_finished, read_run
 from nnunetv2_cmems.study.table import _cell as mean_and_spread
 
-BENCHMARK, TABLES = "benchmark.json", "tables"
+TABLES = "tables"
 DEFAULT_BASELINE = "nnUNetTrainerCMEMS"
 MEAN = "mean"
 """The row of all classes together."""
@@ -135,7 +135,8 @@ def write_tables(benchmark_folder: str, baseline: str | None = None, *, by_patie
 
     Args:
         benchmark_folder: holds ``benchmark.json`` and ``runs``.
-        baseline: method (or trainer) that the others are tested against; None: that of :data:`DEFAULT_BASELINE`, else the first.
+        baseline: method (or trainer) that the others are tested against; None: as ``benchmark.json`` has it, else that of
+            :data:`DEFAULT_BASELINE`, else the first.
         by_patient: average the scans of a patient before the test; scans belong to one patient when their names agree up to
             and including the first number. None: as ``benchmark.json`` has it, else not.
 
@@ -146,7 +147,8 @@ def write_tables(benchmark_folder: str, baseline: str | None = None, *, by_patie
         CMEMSError: see :func:`collect`; the baseline has no finished run.
     """
     comparison = collect(benchmark_folder)
-    against = find_baseline(comparison, baseline)
+    recorded = comparison.benchmark.get("baseline")
+    against = find_baseline(comparison, baseline or (recorded if recorded in comparison.methods else None))
     methods = summarise(comparison)
     if by_patient is None:
         by_patient = bool(comparison.benchmark.get("by_patient", False))

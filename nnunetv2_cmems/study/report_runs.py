@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.study.comparison import BENCHMARK, DEFAULT_BASELINE, Comparison, collect
-from nnunetv2_cmems.study.run import RECORD, RUNS, RunRecord, fold_folder, is_finished, read_run
+from nnunetv2_cmems.study.comparison import DEFAULT_BASELINE, Comparison, collect
+from nnunetv2_cmems.study.run import BENCHMARK, RECORD, RUNS, RunRecord, fold_folder, is_finished, read_run
 
 
 @dataclass(frozen=True)

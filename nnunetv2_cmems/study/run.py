@@ -24,13 +24,19 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from filelock import FileLock
+
 from nnunetv2_cmems.config import CONFIG_VARIABLE
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.files import write_json
 
+BENCHMARK = "benchmark.json"
+"""File in a benchmark's folder that says what its runs have in common."""
+
 RUNS = "runs"
 RECORD, CONFIG, LOG, RESULTS, METRICS = "run.json", "cmems.json", "log.txt", "results", "metrics.csv"
 _MEASURED = "measured.json"  # what the training process says about itself
+_LOCK = ".training.lock"
 _PACKAGES = ("nnunetv2-cmems", "nnunetv2", "torch", "batchgenerators", "batchgeneratorsv2", "dynamic-network-architectures", "numpy")
 
 
@@ -87,7 +93,7 @@ class RunRecord:
         spec: what was to be trained.
         state: ``running``, ``finished`` or ``failed``. A process that was killed leaves ``running`` behind.
         started: ISO date and time of the (first) start.
-        wall_seconds: of training and validation, all attempts together.
+        wall_seconds: of training and validation, all attempts together but those that were killed with their parent.
         peak_rss_bytes: largest resident memory of the training process.
         peak_gpu_bytes: largest memory that torch held on the GPU; None without one.
         gpu_hours: wall time times GPUs.
@@ -172,8 +178,11 @@ def train(spec: RunSpec, benchmark: str) -> RunRecord:
     with contextlib.suppress(OSError):
         os.remove(os.path.join(folder, _MEASURED))
     before, begin = record.wall_seconds, time.monotonic()
-    code = _call(folder)
-    record.wall_seconds = before + time.monotonic() - begin
+    try:
+        code = _call(folder)
+    finally:
+        record.wall_seconds = before + time.monotonic() - begin
+        _write(folder, record)  # as running still
     record.gpu_hours = record.wall_seconds / 3600 * spec.num_gpus if spec.device == "cuda" else 0.0
     for name, value in _measured(folder).items():
         setattr(record, name, max(value, getattr(record, name) or 0) if name.startswith("peak") and value is not None else value)
@@ -214,8 +223,8 @@ def _open(spec: RunSpec, folder: str) -> RunRecord:
 
 
 def _what_is_trained(spec: RunSpec) -> dict[str, Any]:
-    """What decides the weights; not the names in tables, nor the threads."""
-    names = {"method", "threads", "device", "num_gpus", "study", "value"}
+    """What must be the same for a training to go on; its config is compared by the trainer itself."""
+    names = {"method", "threads", "device", "num_gpus", "study", "value", "overrides"}
     return {key: value for key, value in json.loads(json.dumps(dataclasses.asdict(spec))).items() if key not in names}
 
 
@@ -255,7 +264,12 @@ def _last_line(path: str) -> str:
 
 
 def _train_here(folder: str) -> None:
-    """What the training process does."""
+    """What the training process does; a second one for the same run waits for the first, whose parent may have been killed."""
+    with FileLock(os.path.join(folder, _LOCK)):
+        _train_locked(folder)
+
+
+def _train_locked(folder: str) -> None:
     spec = read_run(folder).spec
     _limit_threads(spec)
     import torch
