@@ -112,6 +112,7 @@ def test_interruption_stops_the_training_and_leaves_an_unfinished_run(tmp_path: 
     def interrupt() -> None:
         while not (pid.is_file() and pid.read_text().strip()):
             time.sleep(0.02)
+        time.sleep(0.5)  # it is waited for by now
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
