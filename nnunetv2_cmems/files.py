@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nnunetv2_cmems.errors import CMEMSError
@@ -45,6 +46,51 @@ def datasets_called(name_or_id: str | int, folder: str) -> list[str]:
     if name.isdecimal():
         return [entry for entry in datasets_in(folder) if entry.startswith(f"Dataset{int(name):03d}_")]
     raise CMEMSError(f"'{name}' is no data set; give its ID, as in '-d 27', or its name, as in '-d Dataset027_ACDC'.")
+
+
+def find_dataset(name_or_id: str | int, variable: str, holds: str, remedy: str = "correct -d or the environment variable") -> str:
+    """The one data set of a name or number in a folder of nnU-Net's, as a path.
+
+    Args:
+        name_or_id: as ``-d`` has it.
+        variable: see :func:`nnunet_folder`, as is ``holds``.
+        holds: for the error's sentence.
+        remedy: what to do where there is no such data set.
+
+    Raises:
+        CMEMSError: there is none, or several; see also :func:`nnunet_folder` and :func:`datasets_called`.
+    """
+    root = nnunet_folder(variable, holds)
+    found = datasets_called(name_or_id, root)
+    if len(found) == 1:
+        return os.path.join(root, found[0])
+    if found:
+        several = ", ".join(found)
+        raise CMEMSError(f"in {variable} ({root}) several data sets have the ID {name_or_id} ({several}); give the name of one with -d.")
+    there = some(datasets_in(root))
+    raise CMEMSError(f"in {variable} ({root}) there is no data set {name_or_id}{there and f' (there are: {there})'}; {remedy}.")
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """A few names for a sentence."""
+    names = list(names)
+    quoted = [f"'{name}'" for name in names[:limit]]
+    return ", ".join(quoted) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Environment variables for the time of a block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def to_json(content: Any) -> str:

@@ -340,10 +340,10 @@ def test_refuses_unset_and_wrong_results_folder(monkeypatch: pytest.MonkeyPatch,
 
 def test_refuses_unknown_and_ambiguous_models(model_folder: Path) -> None:
     for dataset, trainer, needles in (
-        ("902", "nnUNetTrainerCMEMS", ("no data set has the ID 902",)),
+        ("902", "nnUNetTrainerCMEMS", ("there is no data set 902", "Dataset901_Made")),
         ("heart", "nnUNetTrainerCMEMS", ("'heart' is no data set",)),
         ("901", "nnUNetTrainer", ("no model folder", f"there are: {IDENTIFIER}", "nnUNetv2_train Dataset901_Made 2d FOLD")),
-        ("Dataset903_None", "nnUNetTrainerCMEMS", ("no model folder", "train first")),
+        ("Dataset903_None", "nnUNetTrainerCMEMS", ("there is no data set Dataset903_None", "train first")),
     ):
         with refused(*needles):
             find_model_folder(dataset, trainer, "nnUNetPlans", "2d")

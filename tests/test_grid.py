@@ -51,7 +51,7 @@ def test_fold_is_refused(workspace: Workspace) -> None:
             grids.open_fold(*arguments)
         return str(error.value)
 
-    assert "no data set '77'" in said("77", CONFIGURATION, PLANS, "0")
+    assert "there is no data set 77" in said("77", CONFIGURATION, PLANS, "0")
     assert "no configuration '4d'; it has 2d, 2d_small" in said(DATASET, "4d", PLANS, "0").replace(", 3d_fullres", "")
     assert "nnUNetOther.json cannot be read" in said(DATASET, CONFIGURATION, "nnUNetOther", "0")
     assert "a fold is a number" in said(DATASET, CONFIGURATION, PLANS, "first")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.files import datasets_called, nnunet_folder
+from nnunetv2_cmems.files import find_dataset
 from nnunetv2_cmems.method.networks import count_members
 
 HELP = "Write a model folder that nnU-Net predicts with, also where this package is not installed."
@@ -70,17 +70,10 @@ def find_model_folder(dataset: str | int, trainer: str, plans: str, configuratio
         CMEMSError: ``nnUNet_results`` is not set or no folder, the data set is unknown or its ID
             ambiguous, or nothing was trained there by this trainer, plans and configuration.
     """
-    results = nnunet_folder("nnUNet_results", "your trained models")
-    name = str(dataset)
-    if not name.startswith("Dataset"):
-        found = datasets_called(name, results)
-        if len(found) != 1:
-            what = f"several data sets have the ID {int(name)} ({', '.join(found)})" if found else f"no data set has the ID {int(name)}"
-            remedy = "give the name of one with -d" if found else "train first, or correct -d or the environment variable"
-            raise CMEMSError(f"in nnUNet_results ({results}) {what}; {remedy}.")
-        name = found[0]
-    identifier = f"{trainer}__{plans}__{configuration}"
-    folder = os.path.join(results, name, identifier)
+    remedy = "train first, or correct -d or the environment variable"
+    trained_sets = find_dataset(dataset, "nnUNet_results", "your trained models", remedy)
+    name = os.path.basename(trained_sets)
+    folder = os.path.join(trained_sets, f"{trainer}__{plans}__{configuration}")
     if not os.path.isdir(folder):
         parent = os.path.dirname(folder)
         trained = sorted(entry for entry in os.listdir(parent) if entry.count("__") == 2) if os.path.isdir(parent) else []

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.files import datasets_called, nnunet_folder
+from nnunetv2_cmems.files import find_dataset
 
 HELP = """Write one HTML file about a benchmark: tables, figures, a gallery, configuration, versions and commands.
 
@@ -50,13 +50,7 @@ def find_benchmark(folder: str | None, dataset: str | None, configuration: str |
         return folder
     if dataset is None or configuration is None:
         raise CMEMSError("no benchmark is named; give its folder, or -d and -c, as in 'nnUNetv2_cmems report -d 27 -c 2d -f 0'.")
-    results = nnunet_folder("nnUNet_results", "your trained models")
-    found = datasets_called(dataset, results)
-    if len(found) != 1:
-        what = f"several data sets have the ID {int(dataset)} ({', '.join(found)})" if found else f"there is no data set {dataset}"
-        remedy = "give the name of one" if found else "correct -d, or run nnUNetv2_cmems benchmark first"
-        raise CMEMSError(f"in nnUNet_results ({results}) {what}; {remedy}.")
-    parent = os.path.join(results, found[0])
+    parent = find_dataset(dataset, "nnUNet_results", "your trained models", "correct -d, or run nnUNetv2_cmems benchmark first")
     path = os.path.join(parent, f"cmems_benchmark__{plans}__{configuration}__fold_{fold}")
     if not os.path.isdir(path):
         others = sorted(entry for entry in os.listdir(parent) if entry.startswith("cmems_benchmark__"))

@@ -18,12 +18,11 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunetv2_cmems.data.annotation import AXES
 from nnunetv2_cmems.data.planning import read_raw_scan
-from nnunetv2_cmems.data.raw import IMAGES, LABELS, UNLABELLED, RawCase, RawDataset, find_raw_folder, open_raw, same_files
+from nnunetv2_cmems.data.raw import IMAGES, LABELS, UNLABELLED, RawCase, RawDataset, find_raw_folder, open_raw, quiet_itk, same_files
 from nnunetv2_cmems.data.suggestion import (
     Suggestion,
     ViewerPlace,
     display_plane,
-    quiet_itk,
     rank_slices,
     summarise_dataset,
     viewer_place,
@@ -80,7 +79,11 @@ def run(args: argparse.Namespace) -> None:
         raise CMEMSError(f"-n must be 1 or more, not {args.n}.")
     if args.np < 1:
         raise CMEMSError(f"-np must be 1 or more, not {args.np}.")
-    quiet_itk()
+    with quiet_itk():
+        _suggest(args)
+
+
+def _suggest(args: argparse.Namespace) -> None:
     link = args.link is not None
     named = args.link if link else args.move
     if named:

@@ -20,7 +20,7 @@ import struct
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from tqdm import tqdm
 from nnunetv2_cmems.data.annotation import AXES, Annotation, LabelValues, complete_plane, read_annotation
 from nnunetv2_cmems.data.raw import RawCase, RawDataset
 from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.files import to_json, write_json, write_text
+from nnunetv2_cmems.files import environment, to_json, write_json, write_text
 
 OURS = "nnunetv2_cmems"
 """The key of what we add to nnU-Net's files."""
@@ -611,7 +611,7 @@ def make_plans(
         try:
             threads = str(max(1, get_allowed_n_proc_DA()))  # nnU-Net's planner fails where no loader processes are wanted
             folders = {"nnUNet_raw": os.path.dirname(raw), "nnUNet_preprocessed": os.path.dirname(preprocessed)}
-            with _environment(**folders, nnUNet_n_proc_DA=threads):
+            with environment(**folders, nnUNet_n_proc_DA=threads):
                 with contextlib.redirect_stdout(printed):
                     planner = planner_class(
                         dataset.name,
@@ -674,19 +674,6 @@ def _copy_if_there(name: str, source: str, target: str) -> None:
     if os.path.isfile(os.path.join(source, name)):
         shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
 
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

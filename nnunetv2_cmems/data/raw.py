@@ -11,18 +11,19 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_cmems.data.annotation import LabelValues
 from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.files import datasets_called, datasets_in, nnunet_folder
+from nnunetv2_cmems.files import find_dataset, some
 
 IMAGES, LABELS, UNLABELLED = "imagesTr", "labelsTr", "imagesUn"
 
@@ -137,7 +138,7 @@ def open_raw(dataset_name_or_id: str | int, *, require_labels: bool = True) -> R
     both = sorted(set(images) & set(unlabelled))
     if both:
         raise CMEMSError(
-            f"case {_some(both)} {'is' if len(both) == 1 else 'are'} in {IMAGES} and {UNLABELLED} of {folder} at once; "
+            f"case {some(both)} {'is' if len(both) == 1 else 'are'} in {IMAGES} and {UNLABELLED} of {folder} at once; "
             f"a scan with a mask belongs into {IMAGES} alone."
         )
     _check_masks(folder, images, labels, unlabelled, require_labels)
@@ -181,15 +182,18 @@ def find_raw_folder(dataset_name_or_id: str | int) -> str:
     Raises:
         CMEMSError: ``nnUNet_raw`` is not set or no folder; there is no such data set, or several.
     """
-    raw = nnunet_folder("nnUNet_raw", "the raw data sets")
-    name = str(dataset_name_or_id)
-    found = datasets_called(name, raw)
-    if len(found) == 1:
-        return os.path.join(raw, found[0])
-    if found:
-        raise CMEMSError(f"in nnUNet_raw ({raw}) several data sets have the ID {int(name)} ({', '.join(found)}); give the name of one.")
-    there = f"; there are {_some(datasets_in(raw))}" if datasets_in(raw) else ""
-    raise CMEMSError(f"in nnUNet_raw ({raw}) there is no data set {name}{there}. Correct -d or the environment variable.")
+    return find_dataset(dataset_name_or_id, "nnUNet_raw", "the raw data sets")
+
+
+@contextlib.contextmanager
+def quiet_itk() -> Iterator[None]:
+    """Without ITK's warnings: it prints several lines for each header that it finds unusual, at each reading."""
+    before = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
 
 def _read_dataset_json(path: str) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def _read_dataset_json(path: str) -> dict[str, Any]:
     if "modality" in content:
         missing = [key for key in missing if key != "channel_names"]
     if missing:
-        raise CMEMSError(f"{path} lacks {_some(missing)}; add {'it' if len(missing) == 1 else 'them'}, as nnU-Net's raw format asks for.")
+        raise CMEMSError(f"{path} lacks {some(missing)}; add {'it' if len(missing) == 1 else 'them'}, as nnU-Net's raw format asks for.")
     names = _channel_names(content)
     if not isinstance(names, dict) or sorted(names) != sorted(str(i) for i in range(len(names))) or not names:
         raise CMEMSError(f'{path}: \'channel_names\' must number the channels from "0" upwards, as in {{"0": "MRI"}}; it is {names!r}.')
@@ -264,7 +268,7 @@ def _files(folder: str, ending: str) -> list[str]:
     files = [entry for entry in entries if entry.endswith(ending)]
     if entries and not files:
         raise CMEMSError(
-            f"{folder} has no file with the ending '{ending}' that dataset.json gives, but {_some(entries)}; "
+            f"{folder} has no file with the ending '{ending}' that dataset.json gives, but {some(entries)}; "
             "correct 'file_ending' or the files."
         )
     return files
@@ -312,7 +316,7 @@ def _check_masks(
     without = [case for case in images if case not in labels]
     if require_labels and without:
         raise CMEMSError(
-            f"{len(without)} scan(s) in {os.path.join(folder, IMAGES)} have no mask in {LABELS} ({_some(without)}); "
+            f"{len(without)} scan(s) in {os.path.join(folder, IMAGES)} have no mask in {LABELS} ({some(without)}); "
             f"add the masks, or move the scans to {UNLABELLED}."
         )
 
@@ -346,10 +350,3 @@ def _channels_in_file(dataset: RawDataset, path: str) -> int:
         return int(dataset.reader().read_images((path,))[0].shape[0])
     except Exception:  # readers raise anything; the file is reported by those that need it
         return 0
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    """A few names for a sentence."""
-    names = list(names)
-    quoted: Sequence[str] = [f"'{name}'" for name in names[:limit]]
-    return ", ".join(quoted) + (f" and {len(names) - limit} more" if len(names) > limit else "")

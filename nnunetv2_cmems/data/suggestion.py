@@ -234,11 +234,6 @@ def summarise_dataset(
     return axis, list(summaries.values())
 
 
-def quiet_itk() -> None:
-    """Switch ITK's warnings off: it prints several lines for each header that it finds unusual."""
-    sitk.ProcessObject_SetGlobalWarningDisplay(False)
-
-
 def _read_geometry(job: tuple[RawCase, type[BaseReaderWriter], int]) -> tuple[str, tuple[list[int], list[float]] | None, str]:
     """Shape (z, y, x) and spacing of a scan as the reader gives them; of the default reader's files, the header is enough."""
     raw, reader_class, num_channels = job
@@ -271,7 +266,7 @@ def _summarise(
 def _settle_worker() -> None:
     """In a worker process: no warnings, and no threads, as there are other workers."""
     if multiprocessing.parent_process() is not None:
-        quiet_itk()
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
         torch.set_num_threads(1)
 
 

@@ -10,19 +10,18 @@ import base64
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from PIL import Image
 from scipy import ndimage
 
 from nnunetv2_cmems.data.annotation import LabelValues
-from nnunetv2_cmems.data.raw import RawDataset, open_raw
+from nnunetv2_cmems.data.raw import RawDataset, open_raw, quiet_itk
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.study.pictures import _bounding_box, class_colours
 from nnunetv2_cmems.study.report_runs import Benchmark, Run, cases_of, dice_of, mean_per_case
@@ -139,7 +138,7 @@ def make_gallery(benchmark: Benchmark) -> Gallery:
         gallery.missing.append(f"No case of {leader.key} has a Dice, so there is no best or worst one.")
         return gallery
     try:
-        with _without_warnings():
+        with quiet_itk():
             raw = open_raw(benchmark.dataset)
             raw.reader()
     except CMEMSError as error:
@@ -153,7 +152,7 @@ def make_gallery(benchmark: Benchmark) -> Gallery:
     cases = list(dict.fromkeys(case for case, _ in picks.values()))
     maps = _disagreements(leader, cases, gallery)
     done: set[str] = set()
-    with _without_warnings():
+    with quiet_itk():
         for rank, (case, dice) in picks.items():
             if case in done:  # fewer than three cases
                 continue
@@ -163,17 +162,6 @@ def make_gallery(benchmark: Benchmark) -> Gallery:
             except CMEMSError as error:
                 gallery.missing.append(str(error))
     return gallery
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Without ITK's remarks on headers, which training and validation have printed already."""
-    before = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
 
 def rank_cases(benchmark: Benchmark, run: Run) -> list[tuple[str, float]]:

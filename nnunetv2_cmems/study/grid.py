@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from nnunetv2_cmems.config import CONFIG_VARIABLE, CMEMSConfig, ExemplarSpec, wi
 from nnunetv2_cmems.data.exemplar import PreprocessedDataset, load_exemplars, rank_exemplars
 from nnunetv2_cmems.data.looks import patient_of
 from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.files import datasets_called, nnunet_folder, write_json
+from nnunetv2_cmems.files import environment, find_dataset, write_json
 from nnunetv2_cmems.method.objective import batch_sizes, passes_per_step
 from nnunetv2_cmems.study.methods import OURS, Exemplar, Method, depends_on_exemplar, find_trainer, is_ours, merged, plain_method
 from nnunetv2_cmems.study.run import RunSpec
@@ -182,15 +182,11 @@ def open_fold(dataset: str, configuration: str, plans: str, fold: str) -> Fold:
     Raises:
         CMEMSError: there is no such data set, plans, configuration or fold; it is not preprocessed; it has no validation case.
     """
-    root = nnunet_folder("nnUNet_preprocessed", "preprocessed data sets")
-    found = datasets_called(dataset, root)
-    if len(found) != 1:
-        what = f"{len(found)} data sets '{dataset}' ({', '.join(found)})" if found else f"no data set '{dataset}'"
-        remedy = "name one of them with -d" if found else "run nnUNetv2_cmems plan_and_preprocess first, or correct -d"
-        raise CMEMSError(f"nnUNet_preprocessed ({root}) has {what}; {remedy}.")
+    remedy = "run nnUNetv2_cmems plan_and_preprocess first, or correct -d"
+    folder = find_dataset(dataset, "nnUNet_preprocessed", "preprocessed data sets", remedy)
+    name = os.path.basename(folder)
     if fold != "all" and not fold.isdecimal():
         raise CMEMSError(f"-f is '{fold}'; a fold is a number or 'all'.")
-    folder = os.path.join(root, found[0])
     content = read_plans(os.path.join(folder, f"{plans}.json"))
     if configuration not in content["configurations"]:
         there = ", ".join(content["configurations"])
@@ -201,11 +197,11 @@ def open_fold(dataset: str, configuration: str, plans: str, fold: str) -> Fold:
         images = trainer.preprocessed_dataset()
     if not len(validation):
         raise CMEMSError(
-            f"fold {fold} of {found[0]} has no validation case with a label, so nothing can be compared; choose a fold of a labelled data "
+            f"fold {fold} of {name} has no validation case with a label, so nothing can be compared; choose a fold of a labelled data "
             "set."
         )
     batch = int(trainer.configuration_manager.batch_size)
-    return Fold(found[0], configuration, plans, fold, folder, tuple(training), tuple(validation), images, batch)
+    return Fold(name, configuration, plans, fold, folder, tuple(training), tuple(validation), images, batch)
 
 
 def read_plans(path: str) -> dict[str, Any]:
@@ -236,7 +232,7 @@ def _make_trainer(folder: str, plans: dict[str, Any], configuration: str, fold: 
             dataset_json = json.load(file)
     except (OSError, ValueError) as error:
         raise CMEMSError(f"{path} cannot be read ({first_line(error)}); plan and preprocess the data set again.") from error
-    with tempfile.TemporaryDirectory() as aside, _environment(nnUNet_results=aside, **{CONFIG_VARIABLE: os.path.join(aside, "c.json")}):
+    with tempfile.TemporaryDirectory() as aside, environment(nnUNet_results=aside, **{CONFIG_VARIABLE: os.path.join(aside, "c.json")}):
         write_json(os.environ[CONFIG_VARIABLE], {})
         with contextlib.redirect_stdout(io.StringIO()):
             made: Any = nnUNetTrainerCMEMS(
@@ -249,19 +245,6 @@ def _make_trainer(folder: str, plans: dict[str, Any], configuration: str, fold: 
         made.print_to_log_file = lambda *_, **__: None  # its folder is gone
         return made
 
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def choose_exemplars(number: int, fold: Fold, allow_missing_classes: bool = False) -> list[Exemplar]:

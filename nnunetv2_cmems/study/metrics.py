@@ -30,12 +30,11 @@ import json
 import multiprocessing
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import SimpleITK as sitk
 import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, key_to_label_or_region, region_or_label_to_mask
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -45,6 +44,7 @@ from scipy.ndimage import find_objects
 from tqdm import tqdm
 
 from nnunetv2_cmems.data.annotation import LabelValues
+from nnunetv2_cmems.data.raw import quiet_itk
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.files import write_text
 from nnunetv2_cmems.study.run import METRICS, fold_folder
@@ -279,7 +279,7 @@ def _masks(folder: str, ending: str) -> set[str]:
 
 def _reader_class(dataset_json: Mapping[str, Any], example: str | None = None) -> type[BaseReaderWriter]:
     # nnU-Net prints the tracebacks of its trials.
-    with _quiet_itk(), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):
+    with quiet_itk(), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):
         found: type[BaseReaderWriter] = determine_reader_writer_from_dataset_json(dict(dataset_json), example, verbose=False)
         return found
     what = f"files '*{dataset_json['file_ending']}'" if example is None else example
@@ -289,22 +289,11 @@ def _reader_class(dataset_json: Mapping[str, Any], example: str | None = None) -
 def _read_mask(path: str, reader: BaseReaderWriter) -> tuple[np.ndarray, tuple[float, ...]]:
     """Label values (Z, Y, X) and the spacing in mm (z, y, x)."""
     try:
-        with _quiet_itk():
+        with quiet_itk():
             mask, properties = reader.read_seg(path)
     except Exception as error:  # every reader has its own
         raise CMEMSError(f"{path} cannot be read ({first_line(error)}); replace it.") from error
     return mask[0], tuple(float(s) for s in properties["spacing"])
-
-
-@contextlib.contextmanager
-def _quiet_itk() -> Iterator[None]:
-    """ITK comments on the headers of some files at each reading."""
-    before = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
 
 def _read_json(path: str, advice: str) -> Any:

@@ -242,12 +242,7 @@ def study(values: Mapping[Any, Sequence[float]], name: str, reference: tuple[str
         axes.plot(range(len(values)), means, color=ACCENT, linestyle="none", marker="_", markersize=16, markeredgewidth=2)
         for place, dice in enumerate(values.values()):
             axes.plot([place] * len(dice), 100 * np.asarray(dice), "o", color=INK, markersize=3.6, alpha=0.75)
-        if reference is not None:
-            axes.axhline(100 * reference[1], color=INK, linewidth=1.0, linestyle=_DASHES[1])
-            axes.annotate(
-                reference[0], (1.0, 100 * reference[1]), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-                va="bottom", fontsize=11.5,
-            )  # fmt: skip
+        _draw_reference(axes, reference)
         texts = [text_of(value) for value in values]
         slanted = sum(map(len, texts)) > 30
         slant: Any = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
@@ -259,18 +254,25 @@ def study(values: Mapping[Any, Sequence[float]], name: str, reference: tuple[str
         return _svg(figure, f"Mean Dice against {name}. {described}.")
 
 
+def _draw_reference(axes: Axes, reference: tuple[str, float] | None) -> None:
+    """A level that dots are compared with: its name and its Dice."""
+    if reference is None:
+        return
+    name, dice = reference
+    axes.axhline(100 * dice, color=INK, linewidth=1.0, linestyle=_DASHES[1])
+    axes.annotate(
+        name, (1.0, 100 * dice), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
+        fontsize=11.5,
+    )  # fmt: skip
+
+
 def scatter(x: Sequence[float], dice: Sequence[float], label: str, reference: tuple[str, float] | None) -> Markup:
     """Dice, 0 to 1, against a number, a dot for each run."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(_WIDTH, 260)
         axes = figure.add_subplot()
         axes.plot(x, 100 * np.asarray(dice), "o", color=ACCENT, markersize=5, alpha=0.75)
-        if reference is not None:
-            axes.axhline(100 * reference[1], color=INK, linewidth=1.0, linestyle=_DASHES[1])
-            axes.annotate(
-                reference[0], (1.0, 100 * reference[1]), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-                va="bottom", fontsize=11.5,
-            )  # fmt: skip
+        _draw_reference(axes, reference)
         axes.set(xlabel=label, ylabel="mean Dice, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         axes.margins(0.08, 0.15)

@@ -17,8 +17,8 @@ import numpy as np
 from nnunetv2_cmems.config import CMEMSConfig, ExemplarSpec, IntensityConfig, with_overrides
 from nnunetv2_cmems.data.annotation import AXES
 from nnunetv2_cmems.data.exemplar import list_candidates, rank_exemplars
-from nnunetv2_cmems.data.raw import open_raw
-from nnunetv2_cmems.data.suggestion import ScanSummary, quiet_itk, rank_slices, summarise_dataset
+from nnunetv2_cmems.data.raw import open_raw, quiet_itk
+from nnunetv2_cmems.data.suggestion import ScanSummary, rank_slices, summarise_dataset
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.study.grid import Fold, Grid, read_plans, to_dict
 from nnunetv2_cmems.study.methods import OURS, Exemplar, Method, plain_method, variant
@@ -259,10 +259,10 @@ def suggestion_ranks(fold: Fold) -> tuple[dict[tuple[str, int | None], int], int
     """
     if fold.images.dimensions == 3:
         return {}, 0
-    quiet_itk()
     raw = open_raw(fold.dataset)
     scans = dataclasses.replace(raw, labelled={case: raw.labelled[case] for case in fold.training if case in raw.labelled}, unlabelled={})
-    axis, summaries = summarise_dataset(scans, axis=AXES.index(fold.images.slice_axis))
+    with quiet_itk():
+        axis, summaries = summarise_dataset(scans, axis=AXES.index(fold.images.slice_axis))
     order = suggestion_order(summaries, axis)
     return {place: rank for rank, place in enumerate(order, start=1)}, len(order)
 
