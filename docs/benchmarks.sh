@@ -59,4 +59,4 @@ esac
 echo '{"val_iterations_per_epoch": 5}' >"$out/config.json"
 nnUNet_n_proc_DA=0 nnUNetv2_cmems benchmark -d $id -c $configuration -f 0 -device cpu --jobs 2 --threads 1 \
     --epochs 5 --iterations 100 --exemplars "$out/exemplars.json" --seeds 1 --config "$out/config.json" -o "$out/benchmark" "$@"
-nnUNetv2_cmems report "$out/benchmark"
+[ ! -f "$out/benchmark/benchmark.json" ] || nnUNetv2_cmems report "$out/benchmark"

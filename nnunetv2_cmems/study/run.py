@@ -243,10 +243,18 @@ def _call(folder: str) -> int:
         try:
             return process.wait()
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            _stop(process)
             raise
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and those that it has started."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGTERM)
+        else:  # Windows
+            process.terminate()
+    process.wait()
 
 
 def _measured(folder: str) -> dict[str, Any]:
