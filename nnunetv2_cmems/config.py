@@ -217,6 +217,9 @@ class CMEMSConfig:
             class weights, taken from the exemplars. 0: none; 1: full inverse frequency.
         final_class_weighting: its value at the end of the training; it changes linearly from one to the other. High
             weights find small organs early, low ones draw their borders where they are.
+        competence: the two consistency terms are multiplied by how well the members segment the step's own supervised images: the
+            Dice of the worst class that these show. Members that have not learned a class yet cannot teach each other that it
+            is nowhere.
         pseudo_cross_entropy_weight: weight of the cross-entropy in the two consistency terms.
         pseudo_dice_weight: ``dice_weight`` of the two consistency terms.
         pseudo_dice: over which classes: ``"shown"``, the foreground classes that the pseudo-labels show, or ``"all"``, every
@@ -264,6 +267,7 @@ class CMEMSConfig:
     dice_weight: float = _between(0.0, 1000.0, 1.0)
     class_weighting: float = _between(0.0, 1.0, 1.0)
     final_class_weighting: float = _between(0.0, 1.0, 0.0)
+    competence: bool = False
     pseudo_cross_entropy_weight: float = _between(0.0, 1000.0, 1.0)
     pseudo_dice_weight: float = _between(0.0, 1000.0, 1.0)
     pseudo_dice: Literal["shown", "all"] = "shown"

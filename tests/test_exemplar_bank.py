@@ -201,3 +201,29 @@ def test_number_of_groups_is_the_largest_of_all_exemplars() -> None:
     labels = [label_with(2, 12, c1=(0, 3)), label_with(2, 12, c1=(0, 3), c2=(8, 11))]
     crops = ExemplarBank([torch.zeros(1, 12, 12)] * 2, labels, (5, 5), CPU).draw(2, UNDEFORMED, 1.0)
     assert crops.num_groups == 2
+
+
+# several exemplars
+
+
+@DIMENSIONS
+def test_every_class_has_its_turn_however_few_exemplars_show_it(d: int) -> None:
+    """Nine exemplars show class 1, one shows class 2; half of the crops that are to show something are of that one."""
+    labels = [label_with(d, 8, c1=(2, 5))] * 9 + [label_with(d, 8, c2=(2, 5))]
+    many = ExemplarBank([torch.zeros(1, *[8] * d)] * 10, labels, [8] * d, CPU)
+    shown = many.draw(400, UNDEFORMED, 1.0).labels.flatten(1).amax(1)
+    assert 0.4 < float((shown == 2).float().mean()) < 0.6
+    anywhere = many.draw(400, UNDEFORMED, 0.0).labels.flatten(1).amax(1)
+    assert 0.04 < float((anywhere == 2).float().mean()) < 0.18
+
+
+@DIMENSIONS
+def test_exemplar_without_organs_is_shown_but_not_cut_from(d: int) -> None:
+    labels = [label_with(d, 8, c1=(2, 5)), torch.zeros([8] * d, dtype=torch.long)]
+    both = ExemplarBank([torch.zeros(1, *[8] * d), torch.ones(1, *[8] * d)], labels, [6] * d, CPU)
+    crops = both.draw(60, UNDEFORMED, 0.5)
+    empty = crops.images.flatten(1).amin(1) == 1
+    assert 0.1 < float(empty.float().mean()) < 0.45  # half of those that may be anything
+    assert not crops.labels[empty].any() and crops.known is not None and crops.known[empty].all()
+    assert not (both.draw(40, UNDEFORMED, 1.0).images == 1).any()
+    assert not (both.draw(40, UNDEFORMED, 0.0, whole=True).images == 1).any()

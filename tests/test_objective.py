@@ -19,7 +19,16 @@ from nnunetv2_cmems.config import CMEMSConfig, IntensityConfig, SynthesisConfig,
 from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank
 from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
 from nnunetv2_cmems.method.networks import MemberOutput, MutualNetworks
-from nnunetv2_cmems.method.objective import Batches, Objective, batch_sizes, overlap, teacher, unlabelled_statistics
+from nnunetv2_cmems.method.objective import (
+    Batches,
+    Objective,
+    Supervised,
+    batch_sizes,
+    competence,
+    overlap,
+    teacher,
+    unlabelled_statistics,
+)
 
 DIMENSIONS = pytest.mark.parametrize("d", [2, 3])
 CPU = torch.device("cpu")
@@ -585,3 +594,39 @@ def test_networks_run_inside_autocast() -> None:
     made.autocast = make
     made(network, torch.randn(2, 1, SIZE, SIZE), 1.0)
     assert inside == [True], "one call, in the context"
+
+
+# competence
+
+
+def told(k: int) -> Tensor:
+    """Confident logits of class k for one image."""
+    return certain(k, batch=1)
+
+
+def test_competence_is_the_dice_of_the_worst_class_that_is_shown() -> None:
+    """Truth: half class 1, a quarter class 2, a quarter unknown. Member 0 says 1 everywhere, member 1 says 2 everywhere."""
+    label = torch.zeros(1, SIZE, SIZE, dtype=torch.long)
+    label[:, :4], label[:, 4:6] = 1, 2
+    mask = torch.ones_like(label, dtype=torch.bool)
+    mask[:, 6:] = False
+    batch = Supervised(torch.zeros(1, 1, SIZE, SIZE), label, mask, 1)
+    # of 32 + 16 known pixels each: class 1 shares 32 + 0, sizes (48 + 32) / 2 + 32 / 2; class 2 shares 0 + 16, sizes 16 / 2 + (48 + 16) / 2
+    assert float(competence([told(1), told(2)], [batch, batch], CLASSES)) == pytest.approx(16 / 40)
+    assert float(competence([told(1)], [batch], CLASSES)) == 0.0
+    only_one = batch._replace(mask=label == 1)
+    assert float(competence([told(1)], [only_one], CLASSES)) == 1.0  # class 2 is not shown, and does not count
+    nothing = batch._replace(labels=torch.zeros_like(label))
+    assert float(competence([told(1)], [nothing], CLASSES)) == 1.0
+
+
+def test_members_that_do_not_know_the_exemplar_do_not_teach() -> None:
+    """The supervised logits say background: the consistency terms are computed, but weigh nothing."""
+    config = dataclasses.replace(CALM, competence=True)
+    parts = []
+    for one in (CALM, config):
+        network = FakeNetwork([certain(1), certain(1)], [unsure(), unsure()], [unsure(), unsure()])
+        step = objective(one)(network, torch.randn(2, 1, SIZE, SIZE), 1.0)
+        assert float(step.terms["image"]) > 0.5 and float(step.terms["feature"]) > 0.5
+        parts.append(float(step.total) - 2 * float(step.terms["supervised"]))
+    assert parts[0] > 1.0 and parts[1] == pytest.approx(0.0, abs=1e-6)

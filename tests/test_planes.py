@@ -315,8 +315,45 @@ def test_a_missing_native_mask_is_named(tmp_path: Path) -> None:
 
 def test_a_slice_painted_across_a_2d_configurations_slices(tmp_path: Path) -> None:
     dataset, _ = preprocess(tmp_path, painted(2, 5, (12, 20, 20)), (1.0, 1.0, 1.0), [1.0, 1.0, 1.0], [0, 1, 2])
-    flat = PreprocessedDataset(
+    with pytest.raises(CMEMSError, match="annotated along x, but .* along z; run nnUNetv2_cmems plan_and_preprocess"):
+        list_annotated(["a"], flat(dataset))
+
+
+def flat(dataset: PreprocessedDataset) -> PreprocessedDataset:
+    """The same files as a 2D configuration sees them."""
+    return PreprocessedDataset(
         dataset.folder, dataset.dataset_class, dataset.transpose_forward, dataset.class_names, LABELS, ".nii.gz", SimpleITKIO
     )
-    with pytest.raises(CMEMSError, match="annotated along x, but .* along z; run nnUNetv2_cmems plan_and_preprocess"):
-        list_annotated(["a"], flat)
+
+
+@pytest.mark.parametrize(
+    ("organs", "expected"),
+    [
+        (range(4, 9), [0, 2, 4, 5, 6, 7, 8, 10, 13, 15]),  # an unbroken row: a volume; as many slices without organs, evenly spread
+        (range(2, 14), list(range(16))),  # all that there are
+        (range(4, 8), [4, 5, 6, 7]),  # too few: perhaps painted one by one
+        ((2, 4, 6, 8, 10), [2, 4, 6, 8, 10]),  # with gaps: painted one by one
+    ],
+)
+def test_slices_without_organs_are_background_where_a_whole_volume_is_annotated(tmp_path: Path, organs: Any, expected: list[int]) -> None:
+    mask = np.zeros((16, 20, 20), dtype=np.uint8)
+    for z in organs:
+        mask[z, 5:9, 5:9], mask[z, 6:8, 6:8] = 1, 2
+    dataset, _ = preprocess(tmp_path, mask, (1.0, 1.0, 1.0), [1.0, 1.0, 1.0], [0, 1, 2])
+    exemplars = load_exemplars([ExemplarSpec("a")], ["a"], flat(dataset))
+    assert [exemplar.slice for exemplar in exemplars] == expected
+    assert [spec.slice for spec in list_annotated(["a"], flat(dataset))] == expected
+    for exemplar in exemplars:
+        assert np.array_equal(exemplar.label, mask[exemplar.slice])
+
+
+def test_organ_that_preprocessing_has_lost_from_a_slice(tmp_path: Path) -> None:
+    """It is a slice without organs then; whoever names that slice is told."""
+    mask = np.zeros((12, 40, 40), dtype=np.uint8)
+    mask[3:9, 10:20, 10:20], mask[3:8, 12:18, 12:18] = 1, 2
+    mask[9, 11, 11] = 1
+    dataset, _ = preprocess(tmp_path, mask, (1.0, 1.0, 1.0), [1.0, 3.0, 3.0], [0, 1, 2])
+    exemplars = {exemplar.slice: exemplar for exemplar in load_exemplars([ExemplarSpec("a")], ["a"], flat(dataset))}
+    assert not exemplars[9].label.any() and exemplars[8].label.any()
+    with pytest.raises(CMEMSError, match="Slice 9 of case 'a' has no foreground"):
+        load_exemplars([ExemplarSpec("a", 9)], ["a"], flat(dataset))

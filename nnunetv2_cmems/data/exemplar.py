@@ -348,7 +348,7 @@ def read_case_image(case: str, dataset: PreprocessedDataset) -> np.ndarray:
 
 
 def _slices_of(case: str, dataset: PreprocessedDataset) -> list[ExemplarSpec]:
-    """The annotated slices of a case that show an organ and survive nnU-Net's cropping."""
+    """The annotated slices of a case that survive nnU-Net's cropping."""
     first, stop = _check_slices(case, read_properties(case, dataset), dataset)
     slices = [i for i in annotated_slices(case, dataset) if first <= i < stop]
     return [ExemplarSpec(case, i, dataset.slice_axis) for i in slices]  # type: ignore[arg-type]
@@ -356,14 +356,20 @@ def _slices_of(case: str, dataset: PreprocessedDataset) -> list[ExemplarSpec]:
 
 def _load_slices(spec: ExemplarSpec, dataset: PreprocessedDataset) -> list[Exemplar]:
     if spec.slice is None:
-        return [exemplar for one in _slices_of(spec.case, dataset) for exemplar in _load_slices(one, dataset)]
+        return [_load_slice(one, dataset) for one in _slices_of(spec.case, dataset)]
+    exemplar = _load_slice(spec, dataset)
+    _check_foreground(spec, exemplar.label, dataset)
+    return [exemplar]
+
+
+def _load_slice(spec: ExemplarSpec, dataset: PreprocessedDataset) -> Exemplar:
     index = preprocessed_index(spec, read_properties(spec.case, dataset), dataset)
     image = _read_image(spec, index, dataset)
     label = _read_label(spec.case, index, dataset)
     if dataset.labels.ignore is not None:
         label = complete_plane(label, dataset.labels.ignore)
-    _check_label(spec, image, label, dataset)
-    return [Exemplar(spec.case, dataset.slice_axis, spec.slice, index, image, _without_ignore(label, dataset))]
+    _check_shapes(spec, image, label, dataset)
+    return Exemplar(spec.case, dataset.slice_axis, spec.slice, index, image, _without_ignore(label, dataset))
 
 
 class _Volume(NamedTuple):
@@ -381,7 +387,8 @@ def _load_volume(spec: ExemplarSpec, volumes: dict[str, _Volume], dataset: Prepr
         planes = read_annotation(mask, dataset.labels, native_mask_path(spec.case, dataset)).planes
         if planes is None:
             label = _read_label(spec.case, slice(None), dataset)
-            _check_label(spec, image, label, dataset)
+            _check_shapes(spec, image, label, dataset)
+            _check_foreground(spec, label, dataset)
             _check_thickness(spec, mask, dataset)
             return [Exemplar(spec.case, None, None, None, image, _without_ignore(label, dataset))]
     else:
@@ -421,12 +428,11 @@ def _without_ignore(label: np.ndarray, dataset: PreprocessedDataset) -> np.ndarr
     return label if dataset.labels.ignore is None else np.where(label == dataset.labels.ignore, np.int16(-1), label)
 
 
-def _check_label(spec: ExemplarSpec, image: np.ndarray, label: np.ndarray, dataset: PreprocessedDataset) -> None:
+def _check_shapes(spec: ExemplarSpec, image: np.ndarray, label: np.ndarray, dataset: PreprocessedDataset) -> None:
     if label.shape != image.shape[1:]:
         raise CMEMSError(
             f"Image and label of case '{spec.case}' in {dataset.folder} differ in shape, {image.shape[1:]} and {label.shape}; {_AGAIN}."
         )
-    _check_foreground(spec, label, dataset)
 
 
 def _check_foreground(spec: ExemplarSpec, label: np.ndarray, dataset: PreprocessedDataset) -> None:

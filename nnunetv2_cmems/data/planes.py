@@ -52,8 +52,16 @@ def read_native(case: str, dataset: PreprocessedDataset) -> tuple[np.ndarray, An
     return mask, read_annotation(mask, dataset.labels, native_mask_path(case, dataset))
 
 
+FEWEST_OF_A_VOLUME = 5
+"""So many neighbouring slices with organs, and a mask without a "not annotated" voxel, are taken for a wholly annotated volume."""
+
+
 def annotated_slices(case: str, dataset: PreprocessedDataset) -> list[int]:
-    """The raw indices, along the 2D configuration's slice axis, of the annotated slices that show an organ.
+    """The raw indices, along the 2D configuration's slice axis, of the slices that are annotated.
+
+    In a mask without a "not annotated" voxel, slices without an organ may be background or just not painted. They count as
+    background where the slices that show organs are an unbroken row of at least :data:`FEWEST_OF_A_VOLUME`, which somebody who
+    paints single slices does not leave behind: as many as there are slices with organs, evenly spread.
 
     Raises:
         CMEMSError: the slices were painted along another axis than the configuration cuts along.
@@ -62,7 +70,13 @@ def annotated_slices(case: str, dataset: PreprocessedDataset) -> list[int]:
     axis = dataset.transpose_forward[0]
     if annotation.planes is None:
         others = tuple(a for a in range(3) if a != axis)
-        return np.flatnonzero(((mask > 0) & (mask != dataset.labels.not_annotated)).any(axis=others)).tolist()
+        shown = ((mask > 0) & (mask != dataset.labels.not_annotated)).any(axis=others)
+        organs = np.flatnonzero(shown)
+        if len(organs) < FEWEST_OF_A_VOLUME or organs[-1] - organs[0] + 1 > len(organs):
+            return organs.tolist()
+        empty = np.flatnonzero(~shown)
+        picked = empty[np.linspace(0, len(empty) - 1, min(len(empty), len(organs))).round().astype(int)] if len(empty) else empty
+        return sorted([*organs.tolist(), *picked.tolist()])
     along = [i for a, i in annotation.planes if a == axis]
     if len(along) < len(annotation.planes):
         painted = " and ".join(sorted({AXES[a] for a in annotation.axes}))

@@ -94,7 +94,8 @@ class ExemplarBank:
         for i, (image, label) in enumerate(zip(images, labels)):
             if isinstance(label, Tensor):
                 self._sources.append(self._whole_source(image.float(), label.long(), reach))
-                self._whole.append(i)
+                if (label > 0).any():
+                    self._whole.append(i)
             else:
                 self._sources.append(self._sliced_source(image.float(), label))
 
@@ -114,7 +115,9 @@ class ExemplarBank:
         near = dilate(shown[None, None] > 0, reach)[0]
         maps = torch.stack([shown, groups, near[0], label < 0]).float()  # beyond the image all are 0: known background
         content = torch.cat([image, filled, maps])[None].to(self.device)
-        return _Source(content, (), self._centres([(shown == k).nonzero().float() for k in _classes(shown)]))
+        classes = _classes(shown)
+        places = [(shown == k).nonzero().float() for k in classes]
+        return _Source(content, (), self._centres(places) if classes else None, frozenset(classes))
 
     def _sliced_source(self, image: Tensor, planes: Sequence[AnnotatedPlane]) -> _Source:
         self.labels += [plane.labels for plane in planes]
@@ -123,7 +126,7 @@ class ExemplarBank:
         places = [torch.cat([plane.places(k) for plane in planes]) for k in classes]
         background = torch.cat([plane.places(0) for plane in planes])
         anywhere = self._centres([background if len(background) else torch.cat(places)])
-        return _Source(image[None].to(self.device), here, self._centres(places), anywhere)
+        return _Source(image[None].to(self.device), here, self._centres(places), frozenset(classes), anywhere)
 
     def draw_deformation(self, batch: int, config: SpatialConfig) -> Deformation:
         """A random deformation of ``batch`` crops."""
@@ -144,15 +147,15 @@ class ExemplarBank:
         Args:
             batch: number of crops B.
             config: their deformation; image, label and background are deformed alike.
-            foreground: probability that a crop is centred on a foreground voxel (classes with equal
-                probability); otherwise its position is uniform, or, where only slices are annotated, uniform
-                on the background of these.
+            foreground: probability that the exemplar is one that shows a class, drawn first with equal probability, and that the
+                crop is centred on a foreground voxel (classes with equal probability); otherwise any exemplar will do, and the
+                position is uniform, or, where only slices are annotated, uniform on the background of these.
             offsets: (B, d) distances in voxels from the exemplar's middle, where ``placed`` is True.
             placed: (B,) bool, which crops are centred at ``offsets`` instead of a random place.
             whole: only of exemplars that show whole organs.
         """
         candidates = self._whole if whole else range(len(self._sources))
-        chosen = sorted(random.choice(candidates) for _ in range(batch))
+        chosen = sorted(random.choice(self._with_a_class(candidates, foreground)) for _ in range(batch))
         parts = []
         for i in sorted(set(chosen)):
             part = slice(chosen.index(i), chosen.index(i) + chosen.count(i))
@@ -165,6 +168,14 @@ class ExemplarBank:
         c = self.channels
         labels, groups, near, unknown = exact.unbind(1)
         return ExemplarCrops(smooth[:, :c], labels.long(), groups.long(), smooth[:, c:], self.num_groups, near > 0, unknown == 0)
+
+    def _with_a_class(self, candidates: Sequence[int], foreground: float) -> Sequence[int]:
+        """The exemplars among ``candidates`` of which one crop is drawn."""
+        if len(candidates) == 1 or random.random() >= foreground:
+            return candidates
+        classes = sorted(frozenset[int]().union(*(self._sources[i].classes for i in candidates)))
+        wanted = random.choice(classes)
+        return [i for i in candidates if wanted in self._sources[i].classes]
 
     def _crops(self, i: int, centres: Tensor, config: SpatialConfig) -> tuple[Tensor, Tensor]:
         source = self._sources[i]
@@ -185,9 +196,10 @@ class ExemplarBank:
         anywhere = low + (high - low) * torch.rand(batch, len(self.patch), device=self.device)
         if source.anywhere is not None:
             anywhere = source.anywhere[torch.randint(_CENTRES, (batch,), device=self.device)]
-        known = source.centres[torch.randint(_CENTRES, (batch,), device=self.device)]
-        wanted = torch.where(torch.rand(batch, 1, device=self.device) < foreground, known, anywhere)
-        return torch.minimum(torch.maximum(self._on_voxels(wanted), low), high)
+        if source.centres is not None:
+            known = source.centres[torch.randint(_CENTRES, (batch,), device=self.device)]
+            anywhere = torch.where(torch.rand(batch, 1, device=self.device) < foreground, known, anywhere)
+        return torch.minimum(torch.maximum(self._on_voxels(anywhere), low), high)
 
     def _on_voxels(self, centres: Tensor) -> Tensor:
         """The nearest centres at which a crop's voxels are voxels of the image (an even crop's centre lies between two)."""
@@ -214,13 +226,15 @@ class _Source(NamedTuple):
         content: (1, C', *spatial): the image; where whole organs are annotated, also the image without them and
             the maps of labels, groups, surroundings and of what is unknown.
         planes: the annotated slices, where only these are.
-        centres: (4096, d) coordinates of foreground voxels, every class equally often.
+        centres: (4096, d) coordinates of foreground voxels, every class equally often; None: it shows none.
+        classes: the foreground values that it shows.
         anywhere: (4096, d) coordinates of background, where only slices are annotated.
     """
 
     content: Tensor
     planes: tuple[AnnotatedPlane, ...]
-    centres: Tensor
+    centres: Tensor | None
+    classes: frozenset[int]
     anywhere: Tensor | None = None
 
 

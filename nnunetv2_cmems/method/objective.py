@@ -13,7 +13,7 @@ from nnunetv2_cmems.config import CMEMSConfig, TermConfig
 from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank, ExemplarCrops
 from nnunetv2_cmems.method.feature_perturbation import ChannelDropout
 from nnunetv2_cmems.method.label_space import LabelSpace, PseudoLabel
-from nnunetv2_cmems.method.losses import mean_squared_error, segmentation_loss
+from nnunetv2_cmems.method.losses import mean_squared_error, over_heads, segmentation_loss
 from nnunetv2_cmems.method.networks import MemberOutput
 from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix
 from nnunetv2_cmems.method.synthesis import SyntheticBatch, choose_backgrounds, synthesise
@@ -182,7 +182,10 @@ class Objective:
                 if output.perturbed is not None:
                     terms.setdefault("feature", []).append(self._consistency(output.perturbed, taught))
 
-        weights = {name: getattr(config, name).weight_at(progress) for name in terms}
+        weights: dict[str, float | Tensor] = {name: getattr(config, name).weight_at(progress) for name in terms}
+        if config.competence and ("image" in terms or "feature" in terms):
+            known = competence([output.supervised[0] for output in outputs if output.supervised is not None], supervised, self.space)
+            weights.update({name: weights[name] * known for name in ("image", "feature") if name in terms})
         total = torch.stack([weights[name] * torch.stack(losses).sum() for name, losses in terms.items()]).sum()
         return Step(total, {name: torch.stack(losses).mean().detach() for name, losses in terms.items()}, statistics)
 
@@ -268,6 +271,29 @@ def teacher(probabilities: Sequence[Tensor], member: int) -> Tensor:
     """
     others = [p for i, p in enumerate(probabilities) if i != member] or [probabilities[member]]
     return others[0] if len(others) == 1 else torch.stack(others).mean(0)
+
+
+@torch.no_grad()
+def competence(logits: Sequence[Tensor], batches: Sequence[Supervised], space: LabelSpace) -> Tensor:
+    """How well the members segment their supervised images: the Dice of the worst class (or region) that these show.
+
+    Args:
+        logits: one (B, heads, *spatial) per member.
+        batches: the images and labels that they are of.
+        space: what the heads mean.
+
+    Returns:
+        A scalar in [0, 1]; 1 where nothing is shown.
+    """
+    overlaps = []
+    for found, batch in zip(logits, batches):
+        decided, truth = space.decide(space.probabilities(found), 0.0).labels, space.target(batch.labels)
+        known = over_heads(batch.mask, truth)
+        overlaps.append(overlap(torch.where(known, decided, 0), torch.where(known, truth, 0), space))
+        shown = torch.stack([mask.any() for mask in space.masks(torch.where(known, truth, 0))])
+        overlaps[-1] = torch.where(shown, overlaps[-1], 0)
+    shared, sizes = torch.stack(overlaps).sum(0)
+    return torch.where(sizes > 0, shared / sizes.clamp_min(1e-6), 1.0).amin()
 
 
 def unlabelled_statistics(probabilities: Sequence[Tensor], tau: float, space: LabelSpace) -> dict[str, Tensor]:

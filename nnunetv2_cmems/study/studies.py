@@ -136,6 +136,12 @@ def _synthesis(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study
     return _of_config(grid, "synthesis", question, {value: known[value] for value in _names("synthesis", values, list(known))})
 
 
+def _competence(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study:
+    known: dict[Value, dict[str, Any]] = {"off": {"competence": False}, "on": {"competence": True}}
+    question = "Should members teach each other only as far as they know the exemplar?"
+    return _of_config(grid, "competence", question, {value: known[value] for value in _names("competence", values, list(known))})
+
+
 def _exemplar(grid: Grid, values: Sequence[str] | None, sample: int | None) -> Study:
     """Every candidate slice, in an order that was drawn once, so that a larger sample includes a smaller one."""
     if values is not None:
@@ -241,6 +247,7 @@ STUDIES: dict[str, Callable[[Grid, Sequence[str] | None, int | None], Study]] = 
     "tau": _tau,
     "perturbation": _perturbation,
     "synthesis": _synthesis,
+    "competence": _competence,
     "exemplar": _exemplar,
     "members": _members,
     "backbone": _backbone,
