@@ -39,14 +39,14 @@ acdc)
     # One slice each: the automatic choice, and two further ones of other patients.
     echo '[[{"case": "patient053_frame01", "slice": 3}], [{"case": "patient026_frame01", "slice": 4}],
            [{"case": "patient018_frame10", "slice": 3}]]' >"$out/exemplars.json"
-    trainers=(CMEMS exemplarOnly meanTeacher cps fixMatch uniMatch crossTeaching imageOnly featureOnly noSynthesis paper allLabels)
+    trained=(--trainers CMEMS exemplarOnly meanTeacher cps fixMatch uniMatch crossTeaching imageOnly featureOnly noSynthesis paper allLabels)
     ;;
 headneck)
     prepare 40 Dataset040_HeadNeckCT "--patch 96 128 --spacing 3.90625 3.90625"
     id=40
     # One volume each, all of its slices.
     echo '[[{"case": "pt109"}], [{"case": "pt151"}], [{"case": "pt157"}]]' >"$out/exemplars.json"
-    trainers=(CMEMS exemplarOnly uniMatch allLabels)
+    trained=(--trainers CMEMS exemplarOnly uniMatch allLabels --study competence)
     ;;
 *)
     echo "$usage" >&2
@@ -54,7 +54,7 @@ headneck)
     ;;
 esac
 [ "${1:-}" != -- ] || shift
-[ $# -gt 0 ] || set -- --trainers "${trainers[@]}"
+[ $# -gt 0 ] || set -- "${trained[@]}" --by-patient
 
 echo '{"val_iterations_per_epoch": 5}' >"$out/config.json"
 nnUNet_n_proc_DA=0 nnUNetv2_cmems benchmark -d $id -c $configuration -f 0 -device cpu --jobs 2 --threads 1 \

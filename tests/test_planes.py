@@ -342,7 +342,7 @@ def test_slices_without_organs_are_background_where_a_whole_volume_is_annotated(
     dataset, _ = preprocess(tmp_path, mask, (1.0, 1.0, 1.0), [1.0, 1.0, 1.0], [0, 1, 2])
     exemplars = load_exemplars([ExemplarSpec("a")], ["a"], flat(dataset))
     assert [exemplar.slice for exemplar in exemplars] == expected
-    assert [spec.slice for spec in list_annotated(["a"], flat(dataset))] == expected
+    assert list_annotated(["a"], flat(dataset)) == [ExemplarSpec("a")]
     for exemplar in exemplars:
         assert np.array_equal(exemplar.label, mask[exemplar.slice])
 

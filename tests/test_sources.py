@@ -16,7 +16,7 @@ from PIL import Image
 from nnunetv2_cmems.data.preprocessing import configuration_signature
 from nnunetv2_cmems.data.sources import MANIFEST, unlabelled_folder
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS, nnUNetTrainerCMEMS_exemplarOnly
+from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS, nnUNetTrainerCMEMS_allLabels, nnUNetTrainerCMEMS_exemplarOnly
 
 LABELLED, SCANS = CASES[1], [CASES[0], *CASES[2:]]
 
@@ -56,8 +56,8 @@ def organ_slices(workspace: Workspace, case: str) -> list[int]:
 def test_one_labelled_case_is_enough(hers: Workspace, fold: int | str) -> None:
     trainer = hers.train(fold=fold)
     found = record(hers, fold)
-    assert {e["case"] for e in found["exemplars"]} == {LABELLED}
-    assert sorted(e["slice"] for e in found["exemplars"]) == organ_slices(hers, LABELLED), "everything that is annotated is used"
+    assert found["exemplars"] == [{"case": LABELLED, "slice": None, "axis": None}]
+    assert {e.slice for e in trainer.exemplars} >= set(organ_slices(hers, LABELLED)), "everything that is annotated is used"
     assert found["unlabelled"] == SCANS
     assert trainer.hidden_labels is None and np.isnan(trainer.logger.get_value("val_losses", step=-1))
     assert trainer.history.curves["agreement/mean"] and (hers.fold(fold=fold) / "checkpoint_best.pth").is_file()
@@ -132,10 +132,22 @@ def test_all_annotations_of_a_labelled_data_set(workspace: Workspace) -> None:
     with pytest.raises(CMEMSError, match="no unlabelled training case beside the exemplar"):
         workspace.train()
     workspace.configure(exemplar=[{"case": case} for case in TRAINING[:2]])
-    workspace.train()
+    trainer = workspace.train()
     expected = {(case, z) for case in TRAINING[:2] for z in organ_slices(workspace, case)}
-    assert {(e["case"], e["slice"]) for e in record(workspace)["exemplars"]} == expected
+    assert {(e.case, e.slice) for e in trainer.exemplars} >= expected
+    assert [(e["case"], e["slice"]) for e in record(workspace)["exemplars"]] == [(case, None) for case in TRAINING[:2]]
     assert record(workspace)["unlabelled"] == TRAINING[2:]
+
+
+def test_training_from_all_labels_goes_on(workspace: Workspace) -> None:
+    """Also where slices without organs are among the exemplars, which nobody could name one by one."""
+    workspace.configure(num_epochs=2)
+    stopped = workspace.interrupted(1, workspace.make(nnUNetTrainerCMEMS_allLabels))
+    assert not all((exemplar.label > 0).any() for exemplar in stopped.exemplars), "the phantom has slices without organs"
+    resumed = workspace.resume(nnUNetTrainerCMEMS_allLabels)
+    resumed.run_training()
+    assert resumed.current_epoch == 2
+    assert [e.spec for e in resumed.exemplars] == [e.spec for e in stopped.exemplars]
 
 
 def test_validation_labels_are_used_where_a_split_names_them(workspace: Workspace) -> None:

@@ -180,7 +180,7 @@ def load_exemplars(
 
 
 def list_annotated(cases: Sequence[str], dataset: PreprocessedDataset) -> list[ExemplarSpec]:
-    """Everything that is annotated in some cases: volumes and slices in 3D, slices in 2D; sorted.
+    """Everything that is annotated in some cases: wholly annotated cases as such, and slices of the others; sorted.
 
     Raises:
         CMEMSError: a mask cannot be read or has nothing to learn from, or slices were painted along another
@@ -188,11 +188,13 @@ def list_annotated(cases: Sequence[str], dataset: PreprocessedDataset) -> list[E
     """
     specs: list[ExemplarSpec] = []
     for case in sorted(set(cases)):
-        if dataset.dimensions == 3:
-            planes = read_native(case, dataset)[1].planes
-            specs += [ExemplarSpec(case)] if planes is None else [ExemplarSpec(case, i, AXES[axis]) for axis, i in planes]  # type: ignore[arg-type]
-            continue
-        specs += _slices_of(case, dataset)
+        planes = read_native(case, dataset)[1].planes
+        if planes is None:
+            specs.append(ExemplarSpec(case))
+        elif dataset.dimensions == 3:
+            specs += [ExemplarSpec(case, i, AXES[axis]) for axis, i in planes]  # type: ignore[arg-type]
+        else:
+            specs += _slices_of(case, dataset)
     return specs
 
 

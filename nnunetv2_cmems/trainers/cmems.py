@@ -92,6 +92,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self._objective: Any = None  # an Objective once the data is known
         self.hidden_labels: HiddenLabels | None = None
         self.exemplars: list[Exemplar] = []
+        self._named_as_a_whole: set[str] = set()
 
     def _use(self, config: CMEMSConfig) -> None:
         self.config = config
@@ -302,6 +303,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             specs = list_annotated(training, dataset)
         elif not specs:
             specs = [choose_exemplar(training, dataset, self.config.allow_missing_classes)]
+        self._named_as_a_whole = {spec.case for spec in specs if spec.slice is None}
         return load_exemplars(specs, training, dataset, self.config.allow_missing_classes)
 
     def _find_unlabelled(
@@ -312,15 +314,20 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def _record(self, unlabelled: Sequence[str]) -> None:
         """Write down what is trained: into the log, the fold's folder and every checkpoint."""
-        exemplars = [dataclasses.asdict(exemplar.spec) for exemplar in self.exemplars]
+        named = [ExemplarSpec(e.case) if e.case in self._named_as_a_whole else e.spec for e in self.exemplars]
+        exemplars = [dataclasses.asdict(spec) for spec in dict.fromkeys(named)]
         self.my_init_kwargs[RECORD] = {"config": self.config.to_dict(), "exemplars": exemplars}
         save_json({**self.my_init_kwargs[RECORD], "unlabelled": list(unlabelled)}, os.path.join(self.output_folder, "cmems_config.json"))
         how = "chosen automatically" if isinstance(self.config.exemplar, str) else "as configured"
         if takes_all_annotations(self.config.exemplar, self.preprocessed_dataset_folder):
             how = "all that is annotated"
-        for exemplar in self.exemplars:
-            place = "the whole volume" if exemplar.slice is None else f"slice {exemplar.slice} along {exemplar.axis} (counted from 0)"
-            self.print_to_log_file(f"Exemplar ({how}): case {exemplar.case}, {place}")
+        for spec in dict.fromkeys(named):
+            parts = [exemplar for exemplar in self.exemplars if exemplar.case == spec.case]
+            place = f"slice {spec.slice} along {spec.axis} (counted from 0)"
+            if spec.slice is None:
+                empty = sum(not (part.label > 0).any() for part in parts)
+                place = "the whole volume" if parts[0].slice is None else f"{len(parts)} slices, {empty} of them without organs"
+            self.print_to_log_file(f"Exemplar ({how}): case {spec.case}, {place}")
         self.print_to_log_file(f"Unlabelled training cases: {len(unlabelled)}. CMEMS config: {self._config_source}")
 
     def _validation_loader(self, cases: Sequence[str]) -> ValidationLoader:
