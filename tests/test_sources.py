@@ -141,9 +141,12 @@ def test_all_annotations_of_a_labelled_data_set(workspace: Workspace) -> None:
 
 def test_training_from_all_labels_goes_on(workspace: Workspace) -> None:
     """Also where slices without organs are among the exemplars, which nobody could name one by one."""
+    label = workspace.label(TRAINING[0])
+    label[:, 0] = 0  # as if preprocessing had lost the organ
+    workspace.set_label(TRAINING[0], label)
     workspace.configure(num_epochs=2)
     stopped = workspace.interrupted(1, workspace.make(nnUNetTrainerCMEMS_allLabels))
-    assert not all((exemplar.label > 0).any() for exemplar in stopped.exemplars), "the phantom has slices without organs"
+    assert not all((exemplar.label > 0).any() for exemplar in stopped.exemplars)
     resumed = workspace.resume(nnUNetTrainerCMEMS_allLabels)
     resumed.run_training()
     assert resumed.current_epoch == 2
