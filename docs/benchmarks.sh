@@ -44,8 +44,8 @@ acdc)
 headneck)
     prepare 40 Dataset040_HeadNeckCT "--patch 96 128 --spacing 3.90625 3.90625"
     id=40
-    # One volume each, all of its slices.
-    echo '[[{"case": "pt109"}], [{"case": "pt151"}], [{"case": "pt157"}]]' >"$out/exemplars.json"
+    # One volume, all of its slices.
+    echo '[[{"case": "pt109"}]]' >"$out/exemplars.json"
     trained=(--trainers CMEMS exemplarOnly uniMatch allLabels --study competence)
     ;;
 *)
