@@ -98,6 +98,7 @@ class ExemplarBank:
                     self._whole.append(i)
             else:
                 self._sources.append(self._sliced_source(image.float(), label))
+        self._turns = {False: self._by_class(range(len(self._sources))), True: self._by_class(self._whole)}
 
     @property
     def shows_whole_organs(self) -> bool:
@@ -155,7 +156,10 @@ class ExemplarBank:
             whole: only of exemplars that show whole organs.
         """
         candidates = self._whole if whole else range(len(self._sources))
-        chosen = sorted(random.choice(self._with_a_class(candidates, foreground)) for _ in range(batch))
+        turns = self._turns[whole] if len(candidates) > 1 else []
+        chosen = sorted(
+            random.choice(random.choice(turns) if turns and random.random() < foreground else candidates) for _ in range(batch)
+        )
         parts = []
         for i in sorted(set(chosen)):
             part = slice(chosen.index(i), chosen.index(i) + chosen.count(i))
@@ -169,13 +173,10 @@ class ExemplarBank:
         labels, groups, near, unknown = exact.unbind(1)
         return ExemplarCrops(smooth[:, :c], labels.long(), groups.long(), smooth[:, c:], self.num_groups, near > 0, unknown == 0)
 
-    def _with_a_class(self, candidates: Sequence[int], foreground: float) -> Sequence[int]:
-        """The exemplars among ``candidates`` of which one crop is drawn."""
-        if len(candidates) == 1 or random.random() >= foreground:
-            return candidates
+    def _by_class(self, candidates: Sequence[int]) -> list[list[int]]:
+        """For each class that some of the exemplars show: which do."""
         classes = sorted(frozenset[int]().union(*(self._sources[i].classes for i in candidates)))
-        wanted = random.choice(classes)
-        return [i for i in candidates if wanted in self._sources[i].classes]
+        return [[i for i in candidates if k in self._sources[i].classes] for k in classes]
 
     def _crops(self, i: int, centres: Tensor, config: SpatialConfig) -> tuple[Tensor, Tensor]:
         source = self._sources[i]
