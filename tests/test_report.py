@@ -233,6 +233,17 @@ def test_tables_are_fresh(bench: Path) -> None:
     assert "CMEMS" in (bench / "tables" / "methods.json").read_text()
 
 
+def test_the_page_tests_as_the_benchmark_was_called(bench: Path) -> None:
+    """Against its baseline, and by patients, in the page as in the tables."""
+    floor = METHODS["nnUNetTrainerCMEMS_exemplarOnly"]
+    path = bench / "benchmark.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "baseline": floor, "by_patient": True}))
+    write_report(str(bench))
+    wanted = f"median over the patients of the Dice minus that of {floor}"
+    assert wanted in Page(bench / "report.html").sections["summary"]
+    assert wanted in (bench / "tables" / "methods.md").read_text()
+
+
 def test_nothing_is_fetched_from_anywhere(made: Path) -> None:
     page = Page(made / "report.html")
     for tag, attributes in page.elements:

@@ -287,11 +287,11 @@ def competence(logits: Sequence[Tensor], batches: Sequence[Supervised], space: L
     """
     overlaps = []
     for found, batch in zip(logits, batches):
-        decided, truth = space.decide(space.probabilities(found), 0.0).labels, space.target(batch.labels)
-        known = over_heads(batch.mask, truth)
-        overlaps.append(overlap(torch.where(known, decided, 0), torch.where(known, truth, 0), space))
-        shown = torch.stack([mask.any() for mask in space.masks(torch.where(known, truth, 0))])
-        overlaps[-1] = torch.where(shown, overlaps[-1], 0)
+        target = space.target(batch.labels)
+        known = over_heads(batch.mask, target)
+        truth, decided = (torch.where(known, labels, 0) for labels in (target, space.decide(space.probabilities(found), 0.0).labels))
+        shown = torch.stack([mask.any() for mask in space.masks(truth)])
+        overlaps.append(torch.where(shown, overlap(decided, truth, space), 0))
     shared, sizes = torch.stack(overlaps).sum(0)
     return torch.where(sizes > 0, shared / sizes.clamp_min(1e-6), 1.0).amin()
 

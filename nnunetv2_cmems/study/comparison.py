@@ -135,8 +135,7 @@ def write_tables(benchmark_folder: str, baseline: str | None = None, *, by_patie
 
     Args:
         benchmark_folder: holds ``benchmark.json`` and ``runs``.
-        baseline: method (or trainer) that the others are tested against; None: as ``benchmark.json`` has it, else that of
-            :data:`DEFAULT_BASELINE`, else the first.
+        baseline: method (or trainer) that the others are tested against, see :func:`find_baseline`.
         by_patient: average the scans of a patient before the test; scans belong to one patient when their names agree up to
             and including the first number. None: as ``benchmark.json`` has it, else not.
 
@@ -146,12 +145,13 @@ def write_tables(benchmark_folder: str, baseline: str | None = None, *, by_patie
     Raises:
         CMEMSError: see :func:`collect`; the baseline has no finished run.
     """
-    comparison = collect(benchmark_folder)
-    recorded = comparison.benchmark.get("baseline")
-    against = find_baseline(comparison, baseline or (recorded if recorded in comparison.methods else None))
+    return write_comparison(collect(benchmark_folder), benchmark_folder, baseline, by_patient=by_patient)
+
+
+def write_comparison(comparison: Comparison, benchmark_folder: str, baseline: str | None = None, *, by_patient: bool | None = None) -> str:
+    """As :func:`write_tables`, of runs that have been read."""
+    against = find_baseline(comparison, baseline)
     methods = summarise(comparison)
-    if by_patient is None:
-        by_patient = bool(comparison.benchmark.get("by_patient", False))
     tests = paired_tests(comparison, against, by_patient=by_patient)
     notes, missing = captions(comparison, tests), remarks(comparison, tests)
     shown = readable_tables(comparison, methods, tests)
@@ -247,7 +247,7 @@ def find_baseline(comparison: Comparison, name: str | None = None) -> str:
 
     Args:
         comparison: all runs.
-        name: a method or a trainer; None: see :func:`write_tables`.
+        name: a method or a trainer; None: as ``benchmark.json`` has it, else that of :data:`DEFAULT_BASELINE`, else the first.
 
     Raises:
         CMEMSError: there is none of this name among the finished runs.
@@ -255,7 +255,8 @@ def find_baseline(comparison: Comparison, name: str | None = None) -> str:
     plain = comparison.runs[comparison.runs["study"].isna()]
     of_trainer = {trainer: method for method, trainer in zip(plain["method"][::-1], plain["trainer"][::-1])}
     if name is None:
-        return str(of_trainer.get(DEFAULT_BASELINE, comparison.methods[0]))
+        recorded = comparison.benchmark.get("baseline")
+        return str(recorded if recorded in comparison.methods else of_trainer.get(DEFAULT_BASELINE, comparison.methods[0]))
     if name in comparison.methods:
         return name
     if name in of_trainer:
@@ -293,13 +294,15 @@ def summarise(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def paired_tests(comparison: Comparison, baseline: str, *, by_patient: bool = False) -> pd.DataFrame:
+def paired_tests(comparison: Comparison, baseline: str, *, by_patient: bool | None = None) -> pd.DataFrame:
     """``tests.csv``: a row per other method, see the module's docstring.
 
     Columns: ``paired_by`` (case or patient), ``pairs`` (number), ``better`` and ``worse`` (pairs in which the method's Dice is higher or
     lower), ``common_runs`` (pairs of exemplar and seed that both methods have), ``median_difference`` (of the Dice, method - baseline),
     ``statistic``, ``p``, ``p_holm``, and a ``note`` where there is no p.
     """
+    if by_patient is None:
+        by_patient = bool(comparison.benchmark.get("by_patient", False))
     dice = _with_mean(comparison)
     dice = dice[dice["label"] == MEAN].assign(unit=lambda table: table["case"].map(patient_of) if by_patient else table["case"])
     rows = []

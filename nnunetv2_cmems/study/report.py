@@ -86,7 +86,7 @@ def write_report(folder: str, output: str | None = None, baseline: str | None = 
         CMEMSError: it is no benchmark's folder, no run has finished, a file of a run cannot be read, or the page cannot be written.
     """
     benchmark = read_benchmark(folder)
-    tables.write_tables(folder, baseline)
+    tables.write_comparison(benchmark.comparison, folder, baseline)
     path = os.path.abspath(output or os.path.join(folder, "report.html"))
     if os.path.isdir(path):
         raise CMEMSError(f"{path} is a folder; give -o the name of a file.")

@@ -16,6 +16,7 @@ import pandas as pd
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.study.comparison import DEFAULT_BASELINE, Comparison, collect
 from nnunetv2_cmems.study.run import BENCHMARK, RECORD, RUNS, RunRecord, fold_folder, is_finished, read_run
+from nnunetv2_cmems.trainers.hidden_labels import Reliability
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,8 @@ def pooled(runs: Sequence[Run], epoch: int = -1, part: str | None = None) -> dic
 
 
 def calibration_error(bins: Mapping[str, np.ndarray]) -> float:
-    """Expected calibration error: mean distance of accuracy and confidence over the bins, weighted by their pixels."""
-    return float(np.abs(bins["right"] - bins["confidence"]).sum() / bins["count"].sum())
+    """Expected calibration error of a histogram, see :meth:`~nnunetv2_cmems.trainers.hidden_labels.Reliability.calibration_error`."""
+    return Reliability(bins["count"], bins["confidence"], bins["right"]).calibration_error()
 
 
 def by_threshold(bins: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
