@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.errors import CMEMSError, clipped, first_line
 
 
 def nnunet_folder(variable: str, holds: str) -> str:
@@ -91,6 +91,35 @@ def environment(**variables: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def read_json(path: str, remedy: str = "correct the file", *, unique_keys: bool = False, byte_order_mark: bool = False) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        remedy: what to do where it cannot be read, for the error's sentence.
+        unique_keys: refuse a key that stands twice in an object; Python takes the last one without a word.
+        byte_order_mark: allow one at the file's beginning, where some editors put it. nnU-Net does not.
+
+    Raises:
+        CMEMSError: the file cannot be read, or is not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8-sig" if byte_order_mark else "utf-8") as file:
+            return json.load(file, object_pairs_hook=_unique if unique_keys else None)
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too long numbers: all are ValueErrors
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise CMEMSError(f"{path} cannot be read as JSON ({reason}); {remedy}.") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key '{clipped(key)}' stands twice in one object")
+        content[key] = value
+    return content
 
 
 def to_json(content: Any) -> str:

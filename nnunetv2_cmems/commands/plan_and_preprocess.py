@@ -24,6 +24,7 @@ from nnunetv2_cmems.data.planning import (
 )
 from nnunetv2_cmems.data.preprocessing import check_space, copy_masks, plan_task, preprocess
 from nnunetv2_cmems.data.raw import RawCase, RawDataset, open_raw, source_state
+from nnunetv2_cmems.data.sources import read_splits
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.files import write_json
 
@@ -201,15 +202,10 @@ def _kept_fingerprint(base: str, dataset: RawDataset) -> dict[str, Any] | None:
 
 def _check_splits(path: str, dataset: RawDataset) -> None:
     """An unlabelled case cannot validate."""
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         return
-    try:
-        with open(path, encoding="utf-8") as file:
-            folds = [list(fold["val"]) for fold in json.load(file)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CMEMSError(f"{path} is no list of folds with 'train' and 'val'; correct or remove it.") from error
-    for number, cases in enumerate(folds):
-        wrong = sorted(set(cases) & set(dataset.unlabelled))
+    for number, fold in enumerate(read_splits(path)):
+        wrong = sorted(set(fold["val"]) & set(dataset.unlabelled))
         if wrong:
             raise CMEMSError(
                 f"{path} validates fold {number} on '{wrong[0]}', which lies in imagesUn and has no mask; "

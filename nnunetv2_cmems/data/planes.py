@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from nnunetv2_cmems.data.annotation import AXES, Annotation, complete_plane, read_annotation
+from nnunetv2_cmems.data.raw import check_header
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.method.planes import AnnotatedPlane
 
@@ -37,6 +38,7 @@ def read_native_mask(case: str, dataset: PreprocessedDataset) -> np.ndarray:
     if not os.path.isfile(path):
         raise CMEMSError(f"{path} does not exist; run nnUNetv2_cmems plan_and_preprocess again.")
     try:
+        check_header(path)
         return np.asarray(dataset.reader().read_seg(path)[0][0])
     except Exception as error:  # the readers raise nearly anything on damaged files
         raise CMEMSError(f"{path} cannot be read ({first_line(error)}); put the mask back and preprocess the data set again.") from error

@@ -13,8 +13,10 @@ import contextlib
 import gzip
 import io
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -26,7 +28,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import nibabel
 import nnunetv2
 import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -38,7 +39,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from tqdm import tqdm
 
 from nnunetv2_cmems.data.annotation import AXES, Annotation, LabelValues, complete_plane, read_annotation
-from nnunetv2_cmems.data.raw import RawCase, RawDataset
+from nnunetv2_cmems.data.raw import RawCase, RawDataset, check_header
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.files import environment, to_json, write_json, write_text
 
@@ -54,6 +55,8 @@ _BINS, _VOXELS_PER_BIN = 50, 20
 _TRIM = 0.5  # per cent
 _RARE = 0.2
 _SEED = 1234  # nnU-Net's own
+_SPACINGS = 1e-7, 1e7  # mm, smallest and largest
+_ODD = 100.0  # times the median spacing, or that part of it: resampling the scan would fill the memory
 _GEOMETRY_TOLERANCE = 0.1  # voxels by which the corners of a scan and its mask may lie apart: tools round differently
 
 Job = TypeVar("Job")
@@ -189,8 +192,28 @@ def examine(
         scan = known[case] if case in known else looks[case].scan
         if scan is not None:
             scans[case] = scan
+    odd = _odd_spacings(dataset, scans)
+    if odd and not skip_unreadable:
+        raise CMEMSError(f"{next(iter(odd.values()))} To go on without it, add --skip_unreadable.")
+    scans = {case: scan for case, scan in scans.items() if case not in odd}
+    if not any(case in scans for case in dataset.labelled):
+        raise CMEMSError(f"no labelled scan of {dataset.folder} is left: {next(iter(odd.values()))}")
     foreground = [[looks[case].foreground[c] for case in scans] for c in range(dataset.num_channels)] if intensities else None
-    return Examination(scans, {case: look.problem for case, look in sorted(looks.items()) if look.problem}, foreground)
+    skipped = {case: look.problem for case, look in looks.items() if look.problem} | odd
+    return Examination(scans, dict(sorted(skipped.items())), foreground)
+
+
+def _odd_spacings(dataset: RawDataset, scans: Mapping[str, Scan]) -> dict[str, str]:
+    """The scans whose spacing is far from the others', as where the unit is wrong, and what to say of each."""
+    if not scans:
+        return {}
+    median = np.median([scan.spacing for scan in scans.values()], axis=0)
+    return {
+        case: f"{dataset.cases[case].images[0]} has a spacing of {_times(scan.spacing)} mm (z y x) where the median of all scans is "
+        f"{_times(median)} mm, so it cannot be resampled like them; correct its header, or remove the scan."
+        for case, scan in scans.items()
+        if (np.asarray(scan.spacing) > _ODD * median).any() or (_ODD * np.asarray(scan.spacing) < median).any()
+    }
 
 
 @dataclass(frozen=True)
@@ -277,7 +300,8 @@ def read_raw_scan(reader: BaseReaderWriter, raw_case: RawCase, num_channels: int
     """The scan (C, Z, Y, X) and its properties, as nnU-Net's reader delivers them.
 
     Raises:
-        ScanDefect: the scan is unreadable, has another number of channels, or NaN or infinite values.
+        ScanDefect: the scan is unreadable, has another number of channels, NaN or infinite values, or a header that gives no
+            spacing or place in space.
     """
     path = raw_case.images[0]
     which = path if len(raw_case.images) == 1 else f"{path} or another channel of it"
@@ -294,7 +318,23 @@ def read_raw_scan(reader: BaseReaderWriter, raw_case: RawCase, num_channels: int
         )
     if not np.isfinite(images).all():
         raise ScanDefect(f"{which} has NaN or infinite values; repair or remove the scan.")
+    check_spacing(path, properties["spacing"])
+    affine = _affine(properties)
+    if affine is not None and not np.isfinite(affine).all():
+        raise ScanDefect(f"the header of {path} gives no place in space (NaN or infinite numbers); repair or remove the scan.")
     return images, properties
+
+
+def check_spacing(path: str, spacing: Sequence[float]) -> None:
+    """Refuse what a header gives as spacing but cannot be one.
+
+    Raises:
+        ScanDefect: there are not three positive, finite and halfway sensible numbers.
+    """
+    if len(spacing) != 3:  # as nnU-Net's readers make of colours
+        raise ScanDefect(f"{path} has several values in each voxel, such as colours; save each as a channel of its own.")
+    if not all(_SPACINGS[0] <= s <= _SPACINGS[1] for s in spacing):
+        raise ScanDefect(f"the header of {path} gives a spacing of {_times(spacing)} mm (z y x); correct it, or remove the scan.")
 
 
 def _read_mask(
@@ -323,7 +363,7 @@ def _geometry_difference(
         return f"shape ({_times(shape)} and {_times(mask_shape)} voxels, z y x)"
     spacing, mask_spacing = (np.asarray(p["spacing"], dtype=float) for p in (properties, mask_properties))
     extent = np.asarray(shape) * np.abs(spacing - mask_spacing)
-    if (extent > _GEOMETRY_TOLERANCE * spacing).any():
+    if not (extent <= _GEOMETRY_TOLERANCE * spacing).all():  # NaN differs
         return f"spacing ({_times(spacing)} and {_times(mask_spacing)} mm, z y x)"
     affine, mask_affine = _affine(properties), _affine(mask_properties)
     if affine is None or mask_affine is None:  # formats without a place in the world
@@ -333,7 +373,7 @@ def _geometry_difference(
     corners = np.stack(np.meshgrid(*[[0, n - 1] for n in size], indexing="ij"), axis=-1).reshape(-1, dimensions)
     corners = np.concatenate([corners, np.ones((len(corners), 1))], axis=1)
     apart = np.abs(corners @ (affine - mask_affine).T).max()
-    if apart > _GEOMETRY_TOLERANCE * spacing[-dimensions:].min():
+    if not apart <= _GEOMETRY_TOLERANCE * spacing[-dimensions:].min():
         return f"origin or direction (their corners lie up to {apart:.3g} mm apart)"
     return ""
 
@@ -359,21 +399,21 @@ def _times(numbers: Iterable[float]) -> str:
 
 
 def why_unreadable(error: Exception) -> str:
-    """The telling line of a reader's error: ITK's first line names a file of ITK's."""
-    lines = [line for line in str(error).splitlines() if "sitk::ERROR" in line]
-    return lines[0].removeprefix("sitk::ERROR: ") if lines else first_line(error)
+    """The telling line of a reader's error: ITK's first line names a file of ITK's, and others an object in memory."""
+    lines = [line.partition("ERROR: ")[2] for line in str(error).splitlines() if "ERROR: " in line]
+    return re.sub(r"\w+\((0x)?[0-9a-fA-F]+\): ", "", lines[0]).rstrip(". ") if lines else first_line(error)
 
 
 def _check_whole(path: str) -> None:
-    """Refuse a truncated NIfTI file, which ITK reads without complaint and fills up with zeros.
+    """Refuse a truncated NIfTI file, which ITK reads without complaint and fills up with zeros; and see :func:`check_header`.
 
     The size of a compressed file's content stands in its last four bytes, unless it is made of several parts; only
     where that number is not the one expected is the whole file decompressed.
     """
-    if not path.endswith((".nii", ".nii.gz")):
+    header = check_header(path)
+    if header is None:
         return
-    header: Any = nibabel.load(path)
-    expected = int(header.dataobj.offset) + int(np.prod(header.shape)) * header.get_data_dtype().itemsize
+    expected = int(header.dataobj.offset) + math.prod(header.shape) * header.get_data_dtype().itemsize
     if path.endswith(".nii"):
         if os.path.getsize(path) < expected:
             raise EOFError("the file is cut off")

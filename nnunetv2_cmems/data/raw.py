@@ -7,8 +7,8 @@ What the files contain is checked in :mod:`nnunetv2_cmems.data.preprocessing`.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import nibabel
+import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_cmems.data.annotation import LabelValues
-from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.files import find_dataset, some
+from nnunetv2_cmems.errors import CMEMSError, clipped, first_line, is_printable, shown
+from nnunetv2_cmems.files import find_dataset, read_json, some
 
 IMAGES, LABELS, UNLABELLED = "imagesTr", "labelsTr", "imagesUn"
 
@@ -94,11 +96,20 @@ class RawDataset:
             CMEMSError: there is no scan, or none that any of nnU-Net's readers can read.
         """
         for raw_case in self.cases.values():
+            found: Any = None
+            try:
+                check_header(raw_case.images[0])
+            except Exception:  # is reported by those that need this scan
+                continue
             with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):  # nnU-Net prints tracebacks of its trials
-                reader: type[BaseReaderWriter] = determine_reader_writer_from_dataset_json(
-                    self.dataset_json, raw_case.images[0], verbose=False
+                found = determine_reader_writer_from_dataset_json(self.dataset_json, raw_case.images[0], verbose=False)
+            if isinstance(found, type) and issubclass(found, BaseReaderWriter) and not inspect.isabstract(found):
+                return found
+            if found is not None:  # anything that nnU-Net's modules have under that name
+                name = shown(self.dataset_json.get("overwrite_image_reader_writer"))
+                raise CMEMSError(
+                    f"{self.dataset_json_path}: 'overwrite_image_reader_writer' is {name}, which is no reader of nnU-Net's; correct it."
                 )
-                return reader
         if not self.cases:
             raise CMEMSError(f"{self.folder} has no scans; put them into {IMAGES} (with masks in {LABELS}) and {UNLABELLED}.")
         raise CMEMSError(
@@ -196,17 +207,58 @@ def quiet_itk() -> Iterator[None]:
         sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
 
+_PLACES = {
+    "sform_code": ("srow_x", "srow_y", "srow_z"),
+    "qform_code": ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+}
+"""What a NIfTI header says of the place in space, and where it says whether that counts."""
+
+
+def check_header(path: str) -> Any:
+    """Refuse a NIfTI file whose header makes ITK end the process, or never come back, or take another size than the header's.
+
+    Returns:
+        The file as nibabel opens it, its voxels unread; None for other formats.
+
+    Raises:
+        Exception: the file is refused, or cannot be read; nibabel raises nearly anything.
+    """
+    if not path.endswith((".nii", ".nii.gz")):
+        return None
+    opened: Any = nibabel.load(path)
+    if any(side < 1 for side in opened.shape):
+        raise ValueError(f"its header gives a size of {' x '.join(str(side) for side in opened.shape)} voxels")
+    kind = opened.get_data_dtype()
+    if kind.names is not None or kind.kind == "c":
+        raise ValueError("each voxel has several values, such as a colour or a complex number; save each as a channel of its own")
+    for code, names in _PLACES.items():
+        if int(opened.header[code]) > 0 and not all(np.isfinite(opened.header[name]).all() for name in names):
+            raise ValueError(f"its header has NaN or infinite numbers in the {code.removesuffix('_code')}")
+    return opened
+
+
 def _read_dataset_json(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise CMEMSError(
             f"{path} does not exist; write it, with the channels, the labels and the file ending, as nnU-Net's documentation of its "
             "raw format describes."
         )
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:  # a JSONDecodeError is a ValueError, as is a UnicodeDecodeError
-        raise CMEMSError(f"{path} cannot be read ({first_line(error)}); correct the file.") from error
+    content = read_json(path)
+    check_description(content, path)
+    checked: dict[str, Any] = content
+    return checked
+
+
+def check_description(content: Any, path: str) -> None:
+    """Refuse a ``dataset.json`` that nnU-Net or this package would stumble over later.
+
+    Args:
+        content: what the file holds.
+        path: the file, for the error's sentence.
+
+    Raises:
+        CMEMSError: it lacks something, or says something else than channels, labels or a file ending where these belong.
+    """
     if not isinstance(content, dict):
         raise CMEMSError(f"{path} must hold an object with the keys labels, channel_names and file_ending; correct the file.")
     missing = [key for key in ("labels", "channel_names", "file_ending") if key not in content]
@@ -216,11 +268,20 @@ def _read_dataset_json(path: str) -> dict[str, Any]:
         raise CMEMSError(f"{path} lacks {some(missing)}; add {'it' if len(missing) == 1 else 'them'}, as nnU-Net's raw format asks for.")
     names = _channel_names(content)
     if not isinstance(names, dict) or sorted(names) != sorted(str(i) for i in range(len(names))) or not names:
-        raise CMEMSError(f'{path}: \'channel_names\' must number the channels from "0" upwards, as in {{"0": "MRI"}}; it is {names!r}.')
-    if not isinstance(content["file_ending"], str) or not content["file_ending"].startswith("."):
-        raise CMEMSError(f"{path}: 'file_ending' must be a file ending such as \".nii.gz\", not {content['file_ending']!r}.")
+        example = '{"0": "MRI"}'
+        raise CMEMSError(f"{path}: 'channel_names' must number the channels from \"0\" upwards, as in {example}; it is {shown(names)}.")
+    for number, name in names.items():
+        if not isinstance(name, str):
+            raise CMEMSError(f"{path}: 'channel_names' must give channel {number} a name, such as \"MRI\", not {shown(name)}.")
+    if not isinstance(other := content.get("modality", names), dict) or len(other) != len(names):  # nnU-Net counts these when it trains
+        raise CMEMSError(f"{path}: 'channel_names' and 'modality' differ in the number of channels; remove 'modality'.")
+    ending = content["file_ending"]
+    if not isinstance(ending, str) or not ending.startswith(".") or not is_printable(ending):
+        raise CMEMSError(f"{path}: 'file_ending' must be a file ending such as \".nii.gz\", not {shown(ending)}.")
+    reader = content.get("overwrite_image_reader_writer", "None")
+    if not isinstance(reader, str) or not is_printable(reader):
+        raise CMEMSError(f"{path}: 'overwrite_image_reader_writer' must name one of nnU-Net's readers, not {shown(reader)}; correct it.")
     _check_labels(path, content)
-    return content
 
 
 def _channel_names(content: Mapping[str, Any]) -> dict[str, str]:
@@ -231,14 +292,42 @@ def _channel_names(content: Mapping[str, Any]) -> dict[str, str]:
 
 def _check_labels(path: str, content: Mapping[str, Any]) -> None:
     """Let nnU-Net judge the labels, and speak for it."""
+    labels, order = content["labels"], content.get("regions_class_order")
     try:
-        if not isinstance(content["labels"], dict):
-            raise ValueError(f"'labels' must map each name to its value, but is {content['labels']!r}")
-        manager = LabelManager(content["labels"], content.get("regions_class_order"))
-        if list(manager.all_labels) != list(range(len(manager.all_labels))) or len(manager.all_labels) < 2:
-            raise ValueError(f"the label values must be 0, 1, 2, ... without a gap, but are {[int(v) for v in manager.all_labels]}")
+        if not isinstance(labels, dict):
+            raise ValueError(f"'labels' must map each name to its value, but is {shown(labels)}")
+        for name, value in labels.items():
+            if not name.strip() or not is_printable(name):
+                raise ValueError(f"{shown(name)} is no name for a label")
+            if not (_is_value(value) or (isinstance(value, (list, tuple)) and value and all(_is_value(part) for part in value))):
+                raise ValueError(f"the value of '{clipped(name)}' must be a whole number or a list of them, not {shown(value)}")
+        if labels.get("background") != 0:
+            raise ValueError("'background' must be there, with the value 0")
+        values = sorted({part for name, value in labels.items() if name != "ignore" for part in _parts(value)})
+        if values != list(range(len(values))) or len(values) < 2:
+            raise ValueError(f"the label values must be 0, 1, 2, ... without a gap, but are {shown(values)}")
+        ignore = labels.get("ignore", len(values))
+        if ignore != len(values):
+            raise ValueError(f"the value of 'ignore' must be {len(values)}, one more than the highest label value, not {shown(ignore)}")
+        manager = LabelManager(labels, order) if isinstance(order, (list, tuple)) or not _has_regions(labels) else None
+        if manager is None or (manager.has_regions and not all(_is_value(value) for value in order or ())):
+            raise ValueError(f"with regions, 'regions_class_order' must be a list of label values, not {shown(order)}")
+        if not manager.has_regions and len(labels) > len(values) + manager.has_ignore_label:
+            raise ValueError("two names have the same value")
     except Exception as error:  # nnU-Net raises AssertionError, RuntimeError, TypeError, ...
         raise CMEMSError(f"{path}: nnU-Net cannot use the labels ({first_line(error)}); correct them.") from error
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _parts(value: Any) -> Sequence[int]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _has_regions(labels: Mapping[str, Any]) -> bool:
+    return any(len(_parts(value)) > 1 for value in labels.values())
 
 
 def _listed_in_dataset_json(folder: str, listed: Any) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -250,13 +339,20 @@ def _listed_in_dataset_json(folder: str, listed: Any) -> tuple[dict[str, list[st
     try:
         images = {case: [absolute(path) for path in entry["images"]] for case, entry in listed.items()}
         labels = {case: absolute(entry["label"]) for case, entry in listed.items()}
+        if not all(isinstance(entry["images"], list) and entry["images"] for entry in listed.values()):
+            raise TypeError
     except (AttributeError, KeyError, TypeError) as error:
         raise CMEMSError(
             f"{os.path.join(folder, 'dataset.json')}: 'dataset' must give 'images' and 'label' for each case; correct or remove it."
         ) from error
+    for case in images:
+        if not is_printable(case) or case in ("", ".", "..") or os.path.basename(case) != case or "\\" in case:
+            raise CMEMSError(
+                f"{os.path.join(folder, 'dataset.json')}: '{clipped(case)}' in 'dataset' cannot name a file, so it is no case; correct it."
+            )
     for path in [*labels.values(), *(path for paths in images.values() for path in paths)]:
         if not os.path.isfile(path):
-            raise CMEMSError(f"{path}, which {os.path.join(folder, 'dataset.json')} lists, does not exist; correct the list.")
+            raise CMEMSError(f"{clipped(path, 300)}, which {os.path.join(folder, 'dataset.json')} lists, does not exist; correct the list.")
     return images, labels
 
 
@@ -347,6 +443,7 @@ def _check_channels(dataset: RawDataset, names: Mapping[str, str]) -> None:
 def _channels_in_file(dataset: RawDataset, path: str) -> int:
     """Channels that nnU-Net's reader finds in a single file; 0 where it cannot be read."""
     try:
+        check_header(path)
         return int(dataset.reader().read_images((path,))[0].shape[0])
     except Exception:  # readers raise anything; the file is reported by those that need it
         return 0

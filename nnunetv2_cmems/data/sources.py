@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from nnunetv2.paths import nnUNet_raw
 
 from nnunetv2_cmems.data.exemplar import PreprocessedDataset
-from nnunetv2_cmems.errors import CMEMSError, first_line
+from nnunetv2_cmems.errors import CMEMSError, clipped
+from nnunetv2_cmems.files import read_json
 
 MANIFEST = "cmems_preprocessing.json"
 """File in the unlabelled folder that ``nnUNetv2_cmems plan_and_preprocess`` keeps its books in."""
@@ -50,12 +50,10 @@ def unlabelled_dataset(dataset: PreprocessedDataset, signature: str | None = Non
             raise CMEMSError(f"{raw} has scans that are not preprocessed for this configuration; {_PREPROCESS}.")
         return None
     path = os.path.join(folder, MANIFEST)
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        complete, made_with = manifest["complete"], manifest.get("configuration_signature", signature)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CMEMSError(f"{path} cannot be read ({first_line(error)}); {_PREPROCESS} again.") from error
+    manifest = read_json(path, f"{_PREPROCESS} again")
+    if not isinstance(manifest, dict) or "complete" not in manifest:
+        raise CMEMSError(f"{path} cannot be read (it lacks 'complete'); {_PREPROCESS} again.")
+    complete, made_with = manifest["complete"], manifest.get("configuration_signature", signature)
     if not complete:
         raise CMEMSError(f"the preprocessing of {folder} was interrupted; {_PREPROCESS} again, it goes on where it stopped.")
     if signature is not None and made_with != signature:
@@ -100,7 +98,10 @@ def find_unlabelled(
     if listed is not None:
         missing = [case for case in listed if case not in found and case not in annotated and case not in validation]
         if missing:
-            raise CMEMSError(f"{path} lists '{missing[0]}' as unlabelled, which is neither a scan of imagesUn nor a training case.")
+            raise CMEMSError(
+                f"{path} lists '{clipped(missing[0])}' as unlabelled, which is neither a scan of imagesUn nor a training case; "
+                "correct the list."
+            )
         _refuse([case for case in listed if case in validation], path, "a validation case of the fold")
         _refuse([case for case in listed if case in annotated], path, "an exemplar")
         found = {case: found[case] for case in listed}
@@ -112,18 +113,61 @@ def _refuse(cases: Sequence[str], where: str, what: str) -> None:
         raise CMEMSError(f"'{cases[0]}' is an unlabelled case ({where}) and {what} at once; take it out of one of them.")
 
 
+def read_splits(path: str) -> list[dict[str, Any]]:
+    """The folds of a ``splits_final.json``.
+
+    Raises:
+        CMEMSError: it cannot be read, or is no list of folds whose ``"train"`` and ``"val"`` (and ``"unlabelled"``, if it is
+            there) are lists of case names.
+    """
+    content = read_json(path, "correct it, or delete it to have it made again")
+    if content == {}:  # no folds, also for nnU-Net
+        return []
+    if not isinstance(content, list) or not all(isinstance(fold, dict) and "train" in fold and "val" in fold for fold in content):
+        raise CMEMSError(f"{path} is no list of folds with 'train' and 'val'; correct or remove it.")
+    for number, fold in enumerate(content):
+        for key in ("train", "val", "unlabelled"):
+            cases = fold.get(key, [])
+            if not (isinstance(cases, list) and all(isinstance(case, str) for case in cases)) and (key, cases) != ("unlabelled", None):
+                raise CMEMSError(f"{path}: '{key}' of fold {number} must be a list of case names; correct it.")
+    return content
+
+
+def check_split(path: str, fold: int, dataset: PreprocessedDataset) -> None:
+    """Refuse a ``splits_final.json`` that nnU-Net would stumble over, at once or in the middle of a training.
+
+    Args:
+        path: the file.
+        fold: the fold to be trained; where the file has fewer, nnU-Net draws a split of its own.
+        dataset: the labelled cases' folder.
+
+    Raises:
+        CMEMSError: see :func:`read_splits`; or the fold has no training case, or one that is not preprocessed, or a
+            validation case that is not preprocessed or has no label.
+    """
+    splits = read_splits(path)
+    if fold >= len(splits):
+        return
+    if not splits[fold]["train"]:
+        raise CMEMSError(f"{path}: 'train' of fold {fold} is empty; name at least one training case.")
+    labelled = set(dataset.dataset_class.get_identifiers(dataset.folder))
+    others = unlabelled_folder(dataset.folder)
+    scans = set(dataset.dataset_class.get_identifiers(others)) if os.path.isdir(others) else set()
+    for key, known in (("train", labelled | scans), ("val", labelled)):
+        wrong = [case for case in splits[fold][key] if case not in known]
+        if wrong:
+            what = "has no label" if wrong[0] in scans else f"is not preprocessed in {dataset.folder}"
+            raise CMEMSError(
+                f"{path}: '{key}' of fold {fold} names '{clipped(wrong[0])}', which {what}; correct the name, or take it out."
+            )
+
+
 def _listed(path: str, fold: int | str) -> list[str] | None:
     """The cases that ``splits_final.json`` lists as unlabelled for a fold; None where it does not."""
     if fold == "all" or not os.path.isfile(path):
         return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            splits = json.load(file)
-        listed = splits[int(fold)].get("unlabelled") if int(fold) < len(splits) else None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise CMEMSError(f"{path} cannot be read ({first_line(error)}); correct it, or delete it to have it made again.") from error
-    if listed is not None and (not isinstance(listed, list) or not all(isinstance(case, str) for case in listed)):
-        raise CMEMSError(f"{path}: 'unlabelled' of fold {fold} must be a list of case names; correct it.")
+    splits = read_splits(path)
+    listed: list[str] | None = splits[int(fold)].get("unlabelled") if int(fold) < len(splits) else None
     return listed
 
 

@@ -31,11 +31,12 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from tqdm import tqdm
 
 from nnunetv2_cmems.data.looks import SIDE, central_window, new_patients_first, thumbnail
-from nnunetv2_cmems.data.planning import ScanDefect, in_processes, read_raw_scan, why_unreadable
-from nnunetv2_cmems.data.raw import UNLABELLED, RawCase, RawDataset
+from nnunetv2_cmems.data.planning import ScanDefect, check_spacing, in_processes, read_raw_scan, why_unreadable
+from nnunetv2_cmems.data.raw import UNLABELLED, RawCase, RawDataset, check_header
 from nnunetv2_cmems.errors import CMEMSError
 
 _SHOWS_SOMETHING = 0.25  # share of the structure of the scan's richest slice
+_WIDEST = 8  # times a slice's own side; a scan that is much smaller than the others, or says so in its header, is not padded further
 
 Result = TypeVar("Result")
 
@@ -117,7 +118,7 @@ def summarise_scan(case: str, image: np.ndarray, axis: int, pixel: Sequence[floa
         extent: height and width, in units of the spacing, of the central window that is compared.
     """
     slices = np.moveaxis(image, axis + 1, 1)
-    window = [max(1, round(e / p)) for e, p in zip(extent, pixel, strict=True)]
+    window = [max(1, round(min(e / p, _WIDEST * n))) for e, p, n in zip(extent, pixel, slices.shape[2:], strict=True)]
     low, high = np.percentile(image.reshape(len(image), -1), (1, 99), axis=1)[:, :, None, None]
     planes = (np.clip(slices[:, i], low, high).astype(np.float32) for i in range(slices.shape[1]))
     thumbnails = np.stack([thumbnail(central_window(plane, window)).numpy() for plane in planes])
@@ -243,6 +244,7 @@ def _read_geometry(job: tuple[RawCase, type[BaseReaderWriter], int]) -> tuple[st
             header = _read_header(raw)
             size, spacing = list(header.GetSize()[::-1]), [abs(s) for s in header.GetSpacing()[::-1]]
             if len(size) <= 3:  # a fourth dimension would be the channels
+                check_spacing(raw.images[0], spacing if len(size) == 3 else [spacing[0], *spacing])
                 return raw.case, (size, spacing) if len(size) == 3 else ([1, *size], [999 * max(spacing), *spacing]), ""
         image, properties = read_raw_scan(reader_class(), raw, num_channels)
         return raw.case, (list(image.shape[1:]), [float(s) for s in properties["spacing"]]), ""
@@ -274,8 +276,9 @@ def _read_header(raw: RawCase) -> Any:
     header = sitk.ImageFileReader()
     header.SetFileName(raw.images[0])
     try:
+        check_header(raw.images[0])
         header.ReadImageInformation()
-    except RuntimeError as error:
+    except Exception as error:  # nibabel raises nearly anything
         raise ScanDefect(f"{raw.images[0]} cannot be read ({why_unreadable(error)}); repair or remove the scan.") from error
     return header
 

@@ -23,8 +23,10 @@ import numpy as np
 
 from nnunetv2_cmems.config import ExemplarSpec
 from nnunetv2_cmems.data.annotation import AXES
-from nnunetv2_cmems.data.raw import RawCase, RawDataset, open_raw
+from nnunetv2_cmems.data.raw import RawCase, RawDataset, check_header, open_raw
+from nnunetv2_cmems.data.sources import FEWEST_CASES_TO_SPLIT, read_splits
 from nnunetv2_cmems.errors import CMEMSError, first_line, show_errors_as_sentences
+from nnunetv2_cmems.files import some
 
 
 def withhold(raw: RawDataset, name: str, exemplars: Sequence[ExemplarSpec], training: Sequence[str], test: Sequence[str]) -> str:
@@ -41,14 +43,19 @@ def withhold(raw: RawDataset, name: str, exemplars: Sequence[ExemplarSpec], trai
         The new folder.
 
     Raises:
-        CMEMSError: the new data set exists, a case does not, or a slice does not.
+        CMEMSError: the new data set exists, a case does not, or a slice does not; a case is to train and to examine with; or
+            the new data set cannot be written.
     """
     folder = os.path.join(os.path.dirname(raw.folder), name)
     if os.path.exists(folder):
         raise CMEMSError(f"{folder} exists already; remove it, or choose another --new.")
+    training, test = list(dict.fromkeys(training)), list(dict.fromkeys(test))
     for case in [*training, *test, *(spec.case for spec in exemplars)]:
         if case not in raw.labelled:
             raise CMEMSError(f"{raw.folder} has no labelled case '{case}'; correct the split or --exemplar.")
+    both = sorted(set(training) & set(test))
+    if both:
+        raise CMEMSError(f"the split has {some(both)} in 'train' and in 'val', so the examination would be worth nothing; correct it.")
     by_case: dict[str, list[ExemplarSpec]] = {}
     for spec in exemplars:
         if spec.case not in training:
@@ -70,6 +77,8 @@ def withhold(raw: RawDataset, name: str, exemplars: Sequence[ExemplarSpec], trai
         with open(os.path.join(unfinished, "dataset.json"), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=4)
         os.replace(unfinished, folder)
+    except OSError as error:
+        raise CMEMSError(f"{folder} cannot be written ({first_line(error)}); check permissions and free space.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -99,6 +108,7 @@ def _write_mask(raw: RawDataset, case: str, specs: Sequence[ExemplarSpec], folde
         return
     reader = raw.reader()
     try:
+        check_header(raw_case.label)
         mask, properties = reader.read_seg(raw_case.label)
     except Exception as error:  # the readers raise nearly anything on damaged files
         raise CMEMSError(f"{raw_case.label} cannot be read ({first_line(error)}); repair the file.") from error
@@ -126,14 +136,23 @@ def _link(path: str, folder: str) -> None:
 
 
 def _read_split(path: str, fold: int) -> Mapping[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            split = json.load(file)[fold]
-        return {"train": list(split["train"]), "val": list(split["val"])}
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    folds = read_splits(path)
+    if not 0 <= fold < len(folds):
+        raise CMEMSError(f"{path} has no fold {fold} (it has {len(folds)}, counted from 0); name another --splits or --fold.")
+    return folds[fold]
+
+
+def _own_split(raw: RawDataset, fold: int) -> Mapping[str, Any]:
+    """nnU-Net's own 5-fold split."""
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    if len(raw.labelled) < FEWEST_CASES_TO_SPLIT or not 0 <= fold < FEWEST_CASES_TO_SPLIT:
         raise CMEMSError(
-            f"{path} has no fold {fold} with 'train' and 'val' ({first_line(error)}); name another --splits or --fold."
-        ) from error
+            f"nnU-Net splits {FEWEST_CASES_TO_SPLIT} labelled cases or more into folds 0 to {FEWEST_CASES_TO_SPLIT - 1}, but {raw.folder} "
+            f"has {len(raw.labelled)} and --fold is {fold}; correct --fold, or name a split with --splits."
+        )
+    split: Mapping[str, Any] = generate_crossval_split(sorted(raw.labelled), seed=12345, n_splits=FEWEST_CASES_TO_SPLIT)[fold]
+    return split
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,9 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.splits:
         split = _read_split(args.splits, args.fold)
     else:
-        from nnunetv2.utilities.crossval_split import generate_crossval_split
-
-        split = generate_crossval_split(sorted(raw.labelled), seed=12345, n_splits=5)[args.fold]
+        split = _own_split(raw, args.fold)
     exemplars = [spec for text in args.exemplar for spec in parse_exemplar(text)]
     name = f"Dataset{args.new:03d}_{raw.name.partition('_')[2]}Withheld"
     print(withhold(raw, name, exemplars, split["train"], split["val"]))
