@@ -23,9 +23,10 @@ from torch import nn
 
 import nnunetv2_cmems.trainers  # noqa: F401  (its import teaches nnU-Net to predict with members)
 from nnunetv2_cmems.commands import export
-from nnunetv2_cmems.commands.export import export_model, find_model_folder
+from nnunetv2_cmems.commands.export import export_model, export_student, find_model_folder
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.networks import MutualNetworks
+from nnunetv2_cmems.trainers import distillation
 
 DATASET = "Dataset901_Made"
 IDENTIFIER = "nnUNetTrainerCMEMS__nnUNetPlans__2d"
@@ -226,8 +227,13 @@ assert not any(name.split(".")[0] == "nnunetv2_cmems" for name in sys.modules)
 
 
 def test_stock_nnunet_predicts_the_same_masks_without_the_package(
-    model_folder: Path, trained: list[MutualNetworks], scan: np.ndarray, tmp_path: Path
+    model_folder: Path, trained: list[MutualNetworks], scan: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The student stands for any network that distillation makes; here it is the second member."""
+    student = only(trained[0], 1)
+    monkeypatch.setattr(distillation, "distil", lambda *_, **__: student.state_dict())
+    (model_folder / "fold_0" / "cmems_config.json").write_text('{"unlabelled": ["scan"]}')
+    assert export_student(str(model_folder), [0], str(tmp_path / "student"), device="cpu") == [0]
     assert export_model(str(model_folder), [0], str(tmp_path / "one")) == [0, 1]
     assert export_model(str(model_folder), [0, "1"], str(tmp_path / "both")) == [0, 1, 2, 3]
     assert export_model(str(model_folder), [0], str(tmp_path / "first"), member=0) == [0]
@@ -235,6 +241,7 @@ def test_stock_nnunet_predicts_the_same_masks_without_the_package(
         "one|0,1": segment(our_predictor(trained[:1]), scan),
         "both|0,1,2,3": segment(our_predictor(trained), scan),
         "first|0": segment(our_predictor([only(trained[0], 0)]), scan),
+        "student|0": segment(our_predictor([student]), scan),
     }
     np.save(tmp_path / "scan.npy", scan)
     jobs = [f"{tmp_path / job}|{tmp_path / job.split('|')[0]}.npy" for job in expected]
@@ -249,7 +256,8 @@ def test_stock_nnunet_predicts_the_same_masks_without_the_package(
         assert theirs.shape == ours.shape == scan.shape[1:]
         assert set(np.unique(ours)) == {0, 1, 2}
         assert np.array_equal(theirs, ours), job
-    assert not np.array_equal(expected["one|0,1"], expected["first|0"])
+    for alone in ("first|0", "student|0"):
+        assert not np.array_equal(expected["one|0,1"], expected[alone])
 
 
 def test_logits_of_one_fold_are_the_same_to_the_last_bit(model_folder: Path, scan: np.ndarray, tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ The members become folds of a plain ``nnUNetTrainer``. Our own prediction takes 
 nnU-Net takes the mean of folds, rounding included, so one trained fold and its export predict the same
 masks to the last voxel. Several trained folds that are exported together are averaged in another order,
 in nnU-Net's half precision: voxels whose two best classes tie can then come out either way.
+
+With ``--distil`` the members teach one network, which is exported alone: its prediction costs what one network's costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.files import find_dataset
 from nnunetv2_cmems.method.networks import count_members
 
@@ -30,6 +33,9 @@ STOCK_TRAINER = "nnUNetTrainer"
 CHECKPOINT = "checkpoint_final.pth"
 """Name of every exported checkpoint, nnU-Net's default, whichever checkpoint it was made from."""
 
+DISTIL_STEPS = 300
+
+_SOURCES = "exported_from.json"
 _COPIED = {"plans.json": True, "dataset.json": True, "dataset_fingerprint.json": False}  # file -> is it needed?
 
 
@@ -43,16 +49,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-chk", default=CHECKPOINT, metavar="FILE", help=f"checkpoint to export. Default: {CHECKPOINT}")
     parser.add_argument("--member", type=int, metavar="N", help="export this network only, counted from 0. Default: all of them")
     parser.add_argument("-o", required=True, metavar="FOLDER", help="folder to write; must be new or empty")
+    distil = parser.add_argument_group("one network in place of several")
+    distil.add_argument(
+        "--distil", action="store_true",
+        help="train one network on the same scans, without labels, to predict what all of them predict together, and export it alone",
+    )  # fmt: skip
+    distil.add_argument(
+        "--distil-steps", type=_positive, default=DISTIL_STEPS, metavar="N", help="length of its training. Default: %(default)s steps"
+    )
+    distil.add_argument("--seed", type=int, metavar="N", help="seed of its training. Default: a fresh one")
+    distil.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="where to train it. Default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> None:
     """Export what the command line names, and say how to predict with it.
 
     Raises:
-        CMEMSError: see :func:`find_model_folder` and :func:`export_model`.
+        CMEMSError: see :func:`find_model_folder`, :func:`export_model` and :func:`export_student`.
     """
+    if args.distil and args.member is not None:
+        raise CMEMSError("--distil makes one network of all, --member chooses one of them; leave one of the two out.")
     model_folder = find_model_folder(args.d, args.tr, args.p, args.c)
-    folds = export_model(model_folder, args.f, args.o, checkpoint=args.chk, member=args.member)
+    if args.distil:
+        folds = export_student(
+            model_folder, args.f, args.o, checkpoint=args.chk, steps=args.distil_steps, device=args.device, seed=args.seed
+        )
+    else:
+        folds = export_model(model_folder, args.f, args.o, checkpoint=args.chk, member=args.member)
+        with open(os.path.join(args.o, _SOURCES), encoding="utf-8") as file:
+            left_out = len(json.load(file)["left_out"])
+        if left_out:
+            print(
+                f"Left out: {left_out} network{'s' if left_out > 1 else ''} of another architecture than the plans, which a stock nnU-Net "
+                "cannot build. export --distil writes one network that has learned from all of them."
+            )
     print(f"Wrote {len(folds)} network{'s' if len(folds) > 1 else ''} to {args.o}. With or without nnunetv2-cmems installed, predict with")
     print(f"    nnUNetv2_predict_from_modelfolder -i INPUT -o OUTPUT -m {args.o} -f {' '.join(str(fold) for fold in folds)}")
 
@@ -91,7 +121,8 @@ def export_model(
     ``fold_0`` of the output is the first member of the first trained fold, ``fold_1`` its second member,
     and so on through the trained folds. The output appears complete or not at all. Its checkpoints serve
     prediction and ``nnUNetv2_train -pretrained_weights``; a training cannot be continued from them. They
-    hold tensors and plain types only (``torch.load(..., weights_only=True)`` reads them).
+    hold tensors and plain types only (``torch.load(..., weights_only=True)`` reads them). Members of another architecture than
+    the plans' are left out, as a stock nnU-Net cannot build them; :func:`export_student` is for these.
 
     Args:
         model_folder: ``<trainer>__<plans>__<configuration>``, with ``plans.json``, ``dataset.json`` and ``fold_X``.
@@ -107,47 +138,137 @@ def export_model(
         CMEMSError: a file or fold is missing, a checkpoint cannot be read or is not ours, there is no such member or it has another
             architecture than the plans, folds have different numbers of members, the output is not empty or cannot be written.
     """
-    output = os.path.abspath(output)
-    if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
-        raise CMEMSError(f"{output} exists already and is not an empty folder; give another folder with -o, or remove it yourself.")
-    files = {str(fold): _checkpoint_file(model_folder, str(fold), checkpoint) for fold in folds}
-    for name, needed in _COPIED.items():
-        if needed and not os.path.isfile(os.path.join(model_folder, name)):
-            raise CMEMSError(f"{os.path.join(model_folder, name)} is missing; nnUNetv2_train writes it, so train first or copy it there.")
-
-    temporary = f"{output}.{uuid.uuid4().hex[:8]}.tmp"
+    files = _checkpoint_files(model_folder, folds, checkpoint)
     sources: dict[str, dict[str, Any]] = {}
     counts: dict[str, int] = {}
-    try:
-        os.makedirs(temporary)
+    left_out: list[dict[str, Any]] = []
+    with _model_folder(output, model_folder, sources, left_out) as temporary:
         for fold, file in files.items():
             content = _load(file)
             counts[fold] = count_members(content["network_weights"])
-            if member is None and len(set(counts.values())) > 1:
-                said = ", ".join(f"fold {key} has {count}" for key, count in counts.items())
-                raise CMEMSError(f"the folds differ in the number of networks ({said}) and would be weighted wrongly; export each alone.")
+            if member is None:
+                _must_weigh_the_same(counts)
             for index in _chosen(member, counts[fold], file):
-                _must_be_of_the_plans(content, index, member, file)
+                if not _is_of_the_plans(content["network_weights"], index):
+                    if member is None:
+                        left_out.append({"fold": fold, "member": index})
+                        continue
+                    raise CMEMSError(
+                        f"network number {index} in {file} has another architecture than the plans; export number 0 with --member 0, or "
+                        "with --distil one network that all have taught."
+                    )
                 number = len(sources)
-                folder = os.path.join(temporary, f"fold_{number}")
-                os.mkdir(folder)
-                torch.save(_stock_checkpoint(content, index, number), os.path.join(folder, CHECKPOINT))
+                _write_fold(temporary, number, _stock_checkpoint(content, index, number), output)
                 sources[f"fold_{number}"] = {"fold": fold, "member": index, "checkpoint": checkpoint}
-        for name in _COPIED:
-            if os.path.isfile(os.path.join(model_folder, name)):
-                shutil.copyfile(os.path.join(model_folder, name), os.path.join(temporary, name))
-        with open(os.path.join(temporary, "exported_from.json"), "w", encoding="utf-8") as out:
-            json.dump({"model": os.path.basename(os.path.abspath(model_folder)), "folds": sources}, out, indent=2)
-        if os.path.isdir(output):
-            os.rmdir(output)
-        os.rename(temporary, output)
-    except (OSError, RuntimeError) as error:  # torch.save answers a full disk with a RuntimeError
-        if isinstance(error, CMEMSError):
-            raise
-        raise CMEMSError(f"{output} cannot be written ({error}); nothing was left there. Check permissions and free space.") from error
+    return list(range(len(sources)))
+
+
+def export_student(
+    model_folder: str,
+    folds: Sequence[str | int],
+    output: str,
+    *,
+    checkpoint: str = CHECKPOINT,
+    steps: int = DISTIL_STEPS,
+    device: str = "cuda",
+    seed: int | None = None,
+) -> list[int]:
+    """Train one network to predict what the members of trained folds predict together, and write it as the one fold of a stock model.
+
+    It has the plans' architecture, also where members have others. It learns on the scans of the training, which must still be
+    in ``nnUNet_preprocessed``: the unlabelled ones that ``cmems_config.json`` in the fold's folder lists, and the exemplars'.
+
+    Args:
+        model_folder: see :func:`export_model`, as are ``folds``, ``output`` and ``checkpoint``.
+        steps: length of its training.
+        device: where to train it: ``cpu``, ``cuda`` or ``mps``.
+        seed: of its training; None: a fresh one.
+
+    Returns:
+        ``[0]``, as :func:`export_model` does.
+
+    Raises:
+        CMEMSError: see :func:`export_model` and :func:`~nnunetv2_cmems.trainers.distillation.distil`; there is but one network, no
+            unlabelled scan, or no such device.
+    """
+    _check_device(device)
+    files = _checkpoint_files(model_folder, folds, checkpoint)
+    contents = {fold: _load(file) for fold, file in files.items()}
+    counts = {fold: count_members(content["network_weights"]) for fold, content in contents.items()}
+    _must_weigh_the_same(counts)
+    if sum(counts.values()) < 2:
+        raise CMEMSError(f"{next(iter(files.values()))} holds one network, so that there is nothing to distil; export it without --distil.")
+    cases = {case for fold, file in files.items() for case in _scans(os.path.dirname(file), contents[fold])}
+
+    from nnunetv2_cmems.trainers.distillation import distil  # takes seconds, which the other exports need not wait
+
+    sources: dict[str, dict[str, Any]] = {}
+    with _model_folder(output, model_folder, sources) as temporary:
+        first = next(iter(contents.values()))
+        weights = [content["network_weights"] for content in contents.values()]
+        student = distil(weights, first["init_args"], cases, steps=steps, device=device, seed=seed)
+        _write_fold(temporary, 0, _stock_checkpoint({**first, "network_weights": student}, 0, 0), output)
+        taught = [{"fold": fold, "members": count, "checkpoint": checkpoint} for fold, count in counts.items()]
+        sources["fold_0"] = {"distilled_from": taught, "scans": len(cases), "steps": steps, "seed": seed}
+    return [0]
+
+
+@contextlib.contextmanager
+def _model_folder(
+    output: str, model_folder: str, sources: Mapping[str, Any], left_out: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[str]:
+    """A temporary folder, which becomes ``output`` if the block ends well; else nothing is left.
+
+    Args:
+        output: where the folder goes.
+        model_folder: plans and the like are copied from here.
+        sources: for ``exported_from.json``, as ``left_out``; read at the end.
+        left_out: networks that could not be exported.
+
+    Raises:
+        CMEMSError: ``output`` is not empty or cannot be written, or the model folder lacks a file.
+    """
+    output = os.path.abspath(output)
+    if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
+        raise CMEMSError(f"{output} exists already and is not an empty folder; give another folder with -o, or remove it yourself.")
+    for name, needed in _COPIED.items():
+        if needed and not os.path.isfile(os.path.join(model_folder, name)):
+            raise CMEMSError(f"{os.path.join(model_folder, name)} is missing; nnUNetv2_train writes it, so train first or copy it there.")
+    temporary = f"{output}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with _writing(output):
+            os.makedirs(temporary)
+        yield temporary
+        with _writing(output):
+            for name in _COPIED:
+                if os.path.isfile(os.path.join(model_folder, name)):
+                    shutil.copyfile(os.path.join(model_folder, name), os.path.join(temporary, name))
+            with open(os.path.join(temporary, _SOURCES), "w", encoding="utf-8") as out:
+                model = os.path.basename(os.path.abspath(model_folder))
+                json.dump({"model": model, "folds": sources, "left_out": list(left_out)}, out, indent=2)
+            if os.path.isdir(output):
+                os.rmdir(output)
+            os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return list(range(len(sources)))
+
+
+@contextlib.contextmanager
+def _writing(output: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save answers a full disk with a RuntimeError
+        raise CMEMSError(f"{output} cannot be written ({error}); nothing was left there. Check permissions and free space.") from error
+
+
+def _write_fold(folder: str, number: int, content: Mapping[str, Any], output: str) -> None:
+    with _writing(os.path.abspath(output)):
+        os.mkdir(os.path.join(folder, f"fold_{number}"))
+        torch.save(content, os.path.join(folder, f"fold_{number}", CHECKPOINT))
+
+
+def _checkpoint_files(model_folder: str, folds: Sequence[str | int], checkpoint: str) -> dict[str, str]:
+    return {str(fold): _checkpoint_file(model_folder, str(fold), checkpoint) for fold in folds}
 
 
 def _checkpoint_file(model_folder: str, fold: str, checkpoint: str) -> str:
@@ -169,7 +290,9 @@ def _checkpoint_file(model_folder: str, fold: str, checkpoint: str) -> str:
 def _load(file: str) -> dict[str, Any]:
     """One of our checkpoints, on the CPU."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=False)  # as nnU-Net itself reads them
+        from nnunetv2_cmems.trainers.resume import read_checkpoint  # takes seconds, which a wrong argument need not wait for
+
+        content = read_checkpoint(file)
     except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
         reason = f"{type(error).__name__}: {error}"
         raise CMEMSError(f"{file} cannot be read and may be damaged ({reason}); choose another with -chk or train again.") from error
@@ -183,6 +306,12 @@ def _load(file: str) -> dict[str, Any]:
     return content
 
 
+def _must_weigh_the_same(counts: Mapping[str, int]) -> None:
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"fold {fold} has {count}" for fold, count in counts.items())
+        raise CMEMSError(f"the folds differ in the number of networks ({said}) and would be weighted wrongly; export each alone.")
+
+
 def _chosen(member: int | None, count: int, file: str) -> Iterator[int]:
     if member is not None and not 0 <= member < count:
         there = "one network, number 0" if count == 1 else f"{count} networks, numbers 0 to {count - 1}"
@@ -190,20 +319,48 @@ def _chosen(member: int | None, count: int, file: str) -> Iterator[int]:
     yield from range(count) if member is None else (member,)
 
 
-def _must_be_of_the_plans(content: Mapping[str, Any], index: int, member: int | None, file: str) -> None:
-    """Refuse a member whose architecture is not the one that a stock trainer would build."""
-    config = content["init_args"].get("cmems", {}).get("config", {})
-    if config.get("architecture") != "mixed" or index % 2 == 0:
-        return
-    if member is None:
-        raise CMEMSError(f"the networks in {file} are of two architectures, of which nnU-Net knows the first; export that with --member 0.")
-    raise CMEMSError(f"network number {index} in {file} has another architecture than the plans; export number 0 with --member 0.")
+def _is_of_the_plans(weights: Mapping[str, Tensor], index: int) -> bool:
+    """Whether a stock trainer would build a member's architecture: the first member's is that of the plans."""
+    first, chosen = (
+        {key[len(prefix) :]: value.shape for key, value in weights.items() if key.startswith(prefix)}
+        for prefix in ("members.0.", f"members.{index}.")
+    )
+    return first == chosen
+
+
+def _scans(folder: str, content: Mapping[str, Any]) -> set[str]:
+    """The cases that a fold was trained on: without their labels, and the exemplars'."""
+    path = os.path.join(folder, "cmems_config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            unlabelled = list(json.load(file)["unlabelled"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CMEMSError(
+            f"{path}, which lists the scans that a student learns on, cannot be read ({first_line(error)}); restore it, or export without "
+            "--distil."
+        ) from error
+    if not unlabelled:
+        raise CMEMSError(f"{path} lists no unlabelled scans, which a student would learn on; export without --distil.")
+    return {*unlabelled, *(exemplar["case"] for exemplar in content["init_args"].get("cmems", {}).get("exemplars", []))}
+
+
+def _check_device(device: str) -> None:
+    there = device == "cpu" or (torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available())
+    if not there:
+        raise CMEMSError(f"PyTorch finds no {device} device on this computer; choose another with -device.")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
 
 
 def _stock_checkpoint(content: Mapping[str, Any], member: int, fold: int) -> dict[str, Any]:
     """All keys of a checkpoint of nnU-Net's, of which the state of the training is empty."""
     axes = content.get("inference_allowed_mirroring_axes")
-    init_args = {key: value for key, value in content["init_args"].items() if key != "device"}
+    init_args = {key: value for key, value in content["init_args"].items() if key not in ("device", "cmems_random")}
     return {
         "network_weights": _member_weights(content["network_weights"], member),
         "optimizer_state": None,
