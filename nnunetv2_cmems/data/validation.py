@@ -7,6 +7,7 @@ from typing import Any
 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
+from nnunetv2_cmems.data.unlabelled import no_memory
 from nnunetv2_cmems.errors import first_line
 
 
@@ -36,6 +37,8 @@ class ValidationLoader(nnUNetDataLoader):
     def generate_train_batch(self) -> dict[str, Any]:
         try:
             return super().generate_train_batch()
+        except MemoryError as error:
+            return {"error": no_memory(error)}
         except Exception as error:  # damaged files raise nearly anything
             path = os.path.join(self._data.data.source_folder, self._data.last)
             return {"error": f"the validation case {path} cannot be read ({first_line(error)}); run nnUNetv2_preprocess again."}

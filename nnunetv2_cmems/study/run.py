@@ -187,7 +187,8 @@ def train(spec: RunSpec, benchmark: str) -> RunRecord:
     for name, value in _measured(folder).items():
         setattr(record, name, max(value, getattr(record, name) or 0) if name.startswith("peak") and value is not None else value)
     record.state = "finished" if code == 0 else "failed"
-    record.error = None if code == 0 else f"exit code {code}: {_last_line(os.path.join(folder, LOG))}"
+    killed = " (killed, most often because memory ran out)" if code == -9 else ""
+    record.error = None if code == 0 else f"exit code {code}{killed}: {_last_line(os.path.join(folder, LOG))}"
     _write(folder, record)
     return record
 
@@ -266,9 +267,11 @@ def _measured(folder: str) -> dict[str, Any]:
 
 
 def _last_line(path: str) -> str:
+    """The last line of a log, or the sentence of a :class:`CMEMSError` shortly before it."""
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = [line.strip() for line in file if line.strip()]
-    return lines[-1] if lines else "no output"
+    sentences = [line for line in lines[-5:] if line.startswith("nnunetv2-cmems: ")]
+    return (sentences or lines or ["no output"])[-1]
 
 
 def _train_here(folder: str) -> None:
