@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional
 
 
@@ -103,7 +104,8 @@ def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None, *, weight
     pixel_weights = torch.ones_like(pixels) if weights is None else _pixel_weights(weights, target)
     counted = pixel_weights if mask is None else pixel_weights * over_heads(mask, pixels)
     divisor = pixel_weights if over_all_pixels else counted
-    return (pixels * counted).sum() / divisor.sum().clamp_min(1e-6)
+    total, weight = over_processes((pixels * counted).sum(), divisor.sum())
+    return total / weight.clamp_min(1e-6)
 
 
 def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
@@ -115,19 +117,13 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     Shape:
         ``logits`` (B, K, *spatial), ``target`` and ``mask`` (B, *spatial) or, for regions, (B, K, *spatial), result a scalar.
     """
-    if target.ndim == logits.ndim:
-        probabilities, one_hot = logits.float().sigmoid(), target.float()
-    else:
-        probabilities = logits.float().softmax(1)[:, 1:]
-        one_hot = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, target[:, None], 1.0)[:, 1:]
-    if mask is not None:
-        mask = over_heads(mask, probabilities)
-        probabilities = probabilities * mask
-        one_hot = one_hot * mask
+    probabilities, one_hot = _masked(logits, target, mask)
     axes = [0, *range(2, logits.ndim)]
-    intersection = (probabilities * one_hot).sum(axes)
-    size = one_hot.sum(axes)
-    dice = 2 * intersection / (probabilities.sum(axes) + size).clamp_min(1e-6)
+    sums = [part.sum(axes) for part in (probabilities * one_hot, probabilities, one_hot)]
+    if target.ndim < logits.ndim:
+        sums = [each[1:] for each in sums]  # without the background
+    intersection, found, size = over_processes(*sums)
+    dice = 2 * intersection / (found + size).clamp_min(1e-6)
     shown = (size > 0).float()
     return ((1 - dice) * shown).sum() / shown.sum().clamp_min(1.0)
 
@@ -140,18 +136,19 @@ def dice_loss_of_all(logits: Tensor, target: Tensor, mask: Tensor | None) -> Ten
     Shape:
         ``logits`` (B, K, *spatial), ``target`` and ``mask`` (B, *spatial) or, for regions, (B, K, *spatial), result a scalar.
     """
-    if target.ndim == logits.ndim:
-        probabilities, one_hot = logits.float().sigmoid(), target.float()
-    else:
-        probabilities = logits.float().softmax(1)
-        one_hot = torch.zeros_like(probabilities).scatter_(1, target[:, None], 1.0)
-    if mask is not None:
-        mask = over_heads(mask, probabilities)
-        probabilities, one_hot = probabilities * mask, one_hot * mask
+    probabilities, one_hot = _masked(logits, target, mask)
     axes = [0, *range(2, logits.ndim)]
-    intersection = (probabilities * one_hot).sum(axes)
-    size = probabilities.square().sum(axes) + one_hot.sum(axes)
+    intersection, size = over_processes((probabilities * one_hot).sum(axes), probabilities.square().sum(axes) + one_hot.sum(axes))
     return (1 - (2 * intersection + 1e-5) / (size + 1e-5)).mean()
+
+
+def _masked(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities and target of every head, (B, K, *spatial), 0 outside of the mask."""
+    probabilities = logits.float().sigmoid() if target.ndim == logits.ndim else logits.float().softmax(1)
+    known = torch.ones_like(probabilities[:, :1]) if mask is None else over_heads(mask, probabilities).float()
+    if target.ndim == logits.ndim:
+        return probabilities * known, target * known
+    return probabilities * known, torch.zeros_like(probabilities).scatter_(1, target[:, None], known)
 
 
 def mean_squared_error(scales: Sequence[Tensor], probabilities: Tensor, mask: Tensor) -> Tensor:
@@ -168,8 +165,24 @@ def mean_squared_error(scales: Sequence[Tensor], probabilities: Tensor, mask: Te
         if scale_weight:
             size = found.shape[2:]
             squares = (found - _nearest(probabilities, size)).square() * over_heads(_nearest(mask, size), found)
-            total = total + scale_weight * squares.mean()
+            squared, images = over_processes(squares.mean() * len(squares), squares.new_full((), len(squares)))
+            total = total + scale_weight * squared / images
     return total
+
+
+def over_processes(*sums: Tensor) -> tuple[Tensor, ...]:
+    """Sums over a step's images, which several processes may share (``-num_gpus``): those over all of them. One process: as they are.
+
+    Each process then has the loss of the whole step. Its gradient comes out as many times too large as there are processes, and
+    of this process's images alone: the mean over the processes, which ``DistributedDataParallel`` takes, is the whole step's.
+    All processes must call this equally often, in the same order. The backward pass talks to nobody.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return sums
+    whole = torch.cat([part.detach().reshape(-1) for part in sums])
+    dist.all_reduce(whole)
+    parts = whole.split([part.numel() for part in sums])
+    return tuple(all_of.view_as(part) + dist.get_world_size() * (part - part.detach()) for all_of, part in zip(parts, sums))
 
 
 def over_heads(mask: Tensor, values: Tensor) -> Tensor:
@@ -187,7 +200,12 @@ def _pixel_weights(weights: Tensor, target: Tensor) -> Tensor:
 def _nearest(values: Tensor, size: Sequence[int]) -> Tensor:
     """(B, *spatial) or (B, R, *spatial) labels or masks at another resolution."""
     d = len(size)
-    if values.shape[-d:] == tuple(size):
+    there = values.shape[-d:]
+    if there == tuple(size):
+        return values
+    if all(n % m == 0 for n, m in zip(there, size)):  # the middle of each block, without a copy
+        for axis, (n, m) in enumerate(zip(there, size), values.ndim - d):
+            values = values.movedim(axis, -1)[..., n // m // 2 :: n // m].movedim(-1, axis)
         return values
     maps = values if values.ndim == d + 2 else values[:, None]
     resized = functional.interpolate(maps.float(), size=tuple(size), mode="nearest-exact")
