@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from conftest import CASES, CONFIGURATION, Workspace
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_cmems.data import unlabelled
 from nnunetv2_cmems.data.exemplar import PreprocessedDataset
-from nnunetv2_cmems.data.unlabelled import UnlabelledLoader, check_images, image_path, open_image
+from nnunetv2_cmems.data.unlabelled import CACHE_VARIABLE, UnlabelledLoader, check_images, image_path, open_image
 from nnunetv2_cmems.errors import CMEMSError
 
 
@@ -203,3 +205,37 @@ def test_unreadable_image(workspace: Workspace, dataset: PreprocessedDataset, co
     (workspace.images / f"{CASES[2]}.b2nd").write_bytes(b"")
     with pytest.raises(CMEMSError, match=r"phantom_tr002\.b2nd cannot be read"):
         check_images(CASES, dataset, configuration, 1)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_what_is_read_is_kept_where_it_fits(dataset: PreprocessedDataset, monkeypatch: pytest.MonkeyPatch, flat: bool) -> None:
+    """The crops are the same with and without the cache, which never holds more than it may."""
+    crop, patch = ((36, 36), (32, 32)) if flat else ((4, 36, 36), (2, 32, 32))
+    found, reads = {}, {}
+    for size in ("0", "0.00002", "2"):
+        monkeypatch.setenv(CACHE_VARIABLE, size)
+        loader = UnlabelledLoader(dict.fromkeys(CASES[:2], dataset), 30, crop, patch)
+        seen: list[str] = []
+        original = unlabelled.open_image
+
+        def read(case: str, where: PreprocessedDataset, seen: list[str] = seen, original: Any = original) -> Any:
+            seen.append(case)
+            return original(case, where)
+
+        monkeypatch.setattr(unlabelled, "open_image", read)
+        np.random.seed(0)
+        found[size] = [next(loader)["data"] for _ in range(2)]
+        monkeypatch.setattr(unlabelled, "open_image", original)
+        reads[size] = len(seen)
+        assert sum(part.nbytes for part in loader._kept.values()) <= float(size) * 1e9
+        assert all(not np.shares_memory(part, found[size][1].numpy()) for part in loader._kept.values())
+    for size in ("0.00002", "2"):
+        assert all(torch.equal(a, b) for a, b in zip(found["0"], found[size]))
+    assert reads["0"] == 60 + 2 and reads["2"] < reads["0.00002"] <= reads["0"]
+
+
+def test_a_cache_that_is_no_size(dataset: PreprocessedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("much", "-1", "nan", "inf"):
+        monkeypatch.setenv(CACHE_VARIABLE, wrong)
+        with pytest.raises(CMEMSError, match=f"{CACHE_VARIABLE} is '{wrong}'; set it to gigabytes"):
+            UnlabelledLoader(dict.fromkeys(CASES[:2], dataset), 3, (36, 36), (32, 32))

@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="where to train (default: %(default)s)")
     parser.add_argument("-num_gpus", type=int, default=1, metavar="N", help="GPUs of each run (default: %(default)s)")
-    parser.add_argument("-o", metavar="FOLDER", help="the benchmark's folder (default: in nnUNet_results, beside the data set's models)")
+    parser.add_argument(
+        "-o",
+        metavar="FOLDER",
+        help="the benchmark's folder (default: in nnUNet_results, beside the data set's models); with --speed a JSON file",
+    )
     what = parser.add_argument_group("what is trained")
     what.add_argument(
         "--trainers",
@@ -83,6 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         where.add_argument(f"--slurm-{name}", type=kind, metavar=name.upper(), help=what_for)
     where.add_argument("--slurm-extra", nargs="+", metavar="KEY=VALUE", help="any other option of sbatch, such as mail-type=END")
+    speed = parser.add_argument_group("what a training step costs")
+    speed.add_argument("--speed", action="store_true", help="train nothing; time the training step beside nnU-Net's own (a few minutes)")
+    speed.add_argument("-tr", metavar="TRAINER", help="--speed: the trainer that is timed (default: nnUNetTrainerCMEMS)")
+    speed.add_argument("--steps", type=int, metavar="N", help="--speed: timed steps of each trainer (default: 50)")
     parser.add_argument("--baseline", metavar="METHOD", help="method, or trainer, that the others are tested against (default: CMEMS)")
     parser.add_argument("--by-patient", action="store_true", help="test patients, not scans: average the scans of each first")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and write nothing")
@@ -95,6 +103,11 @@ def run(args: argparse.Namespace) -> None:
         CMEMSError: an argument does not fit, the folder holds what cannot be compared, or a run has failed.
     """
     _check_numbers(args)
+    if args.speed:
+        _measure_speed(args)
+        return
+    if args.tr or args.steps:
+        raise CMEMSError(f"{'-tr' if args.tr else '--steps'} belongs to --speed; add that, or name trainers with --trainers.")
     _check_studies(args)
     parameters = _slurm_parameters(args)
     names = args.trainers or ([] if args.study else DEFAULT_TRAINERS)
@@ -133,6 +146,34 @@ def run(args: argparse.Namespace) -> None:
         outcomes = launch.run_local(list(specs.values()), folder, args.jobs or 1)
     records.rename_runs(specs.values(), folder)
     _conclude(list(specs.values()), outcomes, folder, baseline)
+
+
+_NOT_FOR_SPEED = ("trainers", "exemplars", "seeds", "study", "values", "sample", "epochs", "iterations", "same", "config", "jobs",
+                  "baseline", "by_patient", "dry_run")  # fmt: skip
+
+
+def _measure_speed(args: argparse.Namespace) -> None:
+    """``--speed``: print the table, and write it as JSON where ``-o`` says.
+
+    Raises:
+        CMEMSError: an argument does not fit, or a trainer cannot be started.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in _NOT_FOR_SPEED if getattr(args, name)]
+    if given:
+        raise CMEMSError(f"--speed trains nothing, so {given[0]} has no meaning; leave one of them out.")
+    if args.device == "mps" or args.num_gpus > 1 or args.launcher != "local":
+        raise CMEMSError("--speed measures one process on this machine, on -device cpu or cuda; leave out -num_gpus and --launcher.")
+    trainer = check_trainers([args.tr or OURS])[0]
+    if not is_ours(trainer):
+        raise CMEMSError(f"--speed compares a trainer of ours with nnU-Net's own, but -tr is {trainer}; choose one of ours.")
+    _check_device(args.device)
+    fold = grids.open_fold(args.d, args.c, args.p, args.f)
+    from nnunetv2_cmems.study import speed
+
+    found = speed.measure(speed.SpeedSpec.of(fold, trainer, args.device, args.steps or 50, args.threads))
+    print(speed.table(found), flush=True)
+    if args.o:
+        write_json(os.path.abspath(args.o), found)
 
 
 def _make_grid(args: argparse.Namespace, fold: Fold, old: Mapping[str, Any]) -> Grid:
@@ -245,9 +286,9 @@ def _conclude(specs: Sequence[RunSpec], outcomes: Sequence[launch.Outcome], fold
         print(f"report: nnUNetv2_cmems report {shlex.quote(folder)}", flush=True)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:
-        lines = [f"  {one.key}: {one.error} (log: {os.path.join(folder, runs.RUNS, one.key, runs.LOG)})" for one in failed]
+        lines = [f"{one.key}: {one.error} (log: {os.path.join(folder, runs.RUNS, one.key, runs.LOG)})" for one in failed]
         raise CMEMSError(
-            f"{len(failed)} of {len(specs)} runs failed; mend the cause and call again, which repeats only these:\n" + "\n".join(lines)
+            f"{len(failed)} of {len(specs)} runs failed; mend the cause and call again, which repeats only these: " + "; ".join(lines)
         )
 
 
@@ -261,7 +302,7 @@ def _nothing_added() -> dict[str, Any]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    least = {"num_gpus": "-num_gpus", **{name: f"--{name}" for name in ("seeds", "epochs", "iterations", "jobs", "threads")}}
+    least = {"num_gpus": "-num_gpus", **{name: f"--{name}" for name in ("seeds", "epochs", "iterations", "jobs", "threads", "steps")}}
     for name, option in least.items():
         value = getattr(args, name)
         if value is not None and value < 1:

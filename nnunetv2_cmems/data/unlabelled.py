@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +14,14 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.data_loader import DataLoader
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
-from threadpoolctl import threadpool_limits
 
 from nnunetv2_cmems.data.exemplar import PreprocessedDataset, read_properties
 from nnunetv2_cmems.errors import CMEMSError, first_line
+
+CACHE_VARIABLE = "nnUNet_cmems_cache_gb"
+"""Environment variable: gigabytes of preprocessed images that the workers of a training keep in memory, all together."""
 
 
 def image_path(case: str, dataset: PreprocessedDataset) -> str:
@@ -99,7 +103,8 @@ class UnlabelledLoader(DataLoader):
     """Random crops of unlabelled images.
 
     A case is drawn uniformly, then (in 2D) one of its slices, then a place such that the crop's inner part of
-    the final patch size lies within the image (or around its centre where the image is smaller).
+    the final patch size lies within the image (or around its centre where the image is smaller). What is read is kept
+    in memory as long as there is room, see :func:`cache_size`.
 
     Args:
         cases: the unlabelled cases, and the preprocessed folder that each lies in.
@@ -119,29 +124,35 @@ class UnlabelledLoader(DataLoader):
         self.cases = dict(cases)
         self.crop = tuple(int(n) for n in crop)
         self.patch = tuple(int(n) for n in patch)
+        self._room = cache_size() // max(1, get_allowed_n_proc_DA())  # each worker process keeps its own
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._kept: dict[tuple[str, int | None], np.ndarray] = {}
 
     def generate_train_batch(self) -> dict[str, Any]:
-        with threadpool_limits(limits=1, user_api=None):
-            try:
-                crops, offsets = zip(*[self._crop(case) for case in self.get_indices()])
-                return {"data": torch.from_numpy(np.stack(crops)), "offset": torch.tensor(offsets, dtype=torch.float32)}
-            except CMEMSError as error:
-                return {"error": str(error)}
+        try:
+            crops, offsets = zip(*[self._crop(case) for case in self.get_indices()])
+            return {"data": torch.from_numpy(np.stack(crops)), "offset": torch.tensor(offsets, dtype=torch.float32)}
+        except CMEMSError as error:
+            return {"error": str(error)}
+        except MemoryError as error:
+            return {"error": no_memory(error)}
 
     def _crop(self, case: str) -> tuple[np.ndarray, list[float]]:
         dataset = self.cases[case]
-        image = open_image(case, dataset)
+        shape = self._shape(case)
         flat = len(self.patch) == 2
-        z = np.random.randint(image.shape[1]) if flat else 0
-        box = [[z, z + 1]] if flat else []
+        z = np.random.randint(shape[1]) if flat else None
+        box = [] if z is None else [[z, z + 1]]
         offset = []
-        for size, inner, outer in zip(image.shape[1 + len(box) :], self.patch, self.crop):
+        for size, inner, outer in zip(shape[1 + len(box) :], self.patch, self.crop):
             first = np.random.randint(size - inner + 1) if size > inner else (size - inner) // 2
             offset.append(first + inner / 2 - size / 2)
             first -= (outer - inner) // 2
             box.append([first, first + outer])
         try:
-            crop = crop_and_pad_nd(image, box, 0).astype(np.float32)
+            crop = self._cut(case, z, box)
+        except CMEMSError:
+            raise
         except Exception as error:
             raise CMEMSError(_unreadable(image_path(case, dataset), error, dataset)) from error
         crop = crop[:, 0] if flat else crop
@@ -150,8 +161,56 @@ class UnlabelledLoader(DataLoader):
             raise CMEMSError(f"{path} has NaN or infinite values; repair the scan and run {_command(dataset)} again.")
         return crop, offset
 
+    def _shape(self, case: str) -> tuple[int, ...]:
+        if case not in self._shapes:
+            self._shapes[case] = tuple(open_image(case, self.cases[case]).shape)
+        return self._shapes[case]
+
+    def _cut(self, case: str, z: int | None, box: list[list[int]]) -> np.ndarray:
+        """The part of an image within the box, zeros beyond; float32 (C, Z, Y, X). In 2D a slice is read and kept, else the image."""
+        kept = self._kept.get((case, z))
+        if kept is None:
+            image = open_image(case, self.cases[case])
+            channels, depth, *others = self._shape(case)
+            size = 4 * channels * (depth if z is None else 1) * math.prod(others)
+            if size > self._room:
+                return crop_and_pad_nd(image, box, 0).astype(np.float32)
+            kept = np.asarray(image[:] if z is None else image[:, z : z + 1], dtype=np.float32)
+            self._kept[case, z] = kept
+            self._room -= size
+        return crop_and_pad_nd(kept, box if z is None else [[0, 1], *box[1:]], 0)
+
+
+def cache_size() -> int:
+    """Bytes of images that all workers of a loader together may keep: 2 GB, or what the environment variable says.
+
+    nnU-Net's own loaders take more than that. A share of the computer's memory would be no safer bound, as a job on a cluster gets
+    a part of it only, which not every system tells.
+
+    Raises:
+        CMEMSError: the variable is no number.
+    """
+    text = os.environ.get(CACHE_VARIABLE, "2")
+    try:
+        size = float(text)
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < math.inf:
+        raise CMEMSError(f"the environment variable {CACHE_VARIABLE} is '{text}'; set it to gigabytes (0: none), or unset it.")
+    return int(size * 1e9)
+
+
+def no_memory(error: MemoryError) -> str:
+    """What a worker process says that cannot get memory."""
+    return (
+        f"there was no memory left to read images ({first_line(error)}): lower the environment variable nnUNet_n_proc_DA and continue "
+        "with --c."
+    )
+
 
 def _unreadable(path: str, error: Exception, dataset: PreprocessedDataset) -> str:
+    if isinstance(error, MemoryError):
+        return no_memory(error)
     return f"{path} cannot be read ({first_line(error)}); run {_command(dataset)} again."
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from nnunetv2_cmems.config import SpatialConfig
-from nnunetv2_cmems.method.perturbations import Deformation, deform, draw_deformation, read_from
+from nnunetv2_cmems.method.perturbations import Deformation, deform, draw_deformation, read_from, sample, sampling_grid
 from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
 
 UNDEFORMED = SpatialConfig(probability=0.0, elastic=0.0)
@@ -61,6 +61,12 @@ def organ_groups(label: Tensor) -> Tensor:
     return rank[torch.from_numpy(numbers).long()]
 
 
+def shows_every_class(shown: Sequence[Collection[int]]) -> list[bool]:
+    """For the classes that each exemplar shows: whether these are all that any of them shows."""
+    every = frozenset[int]().union(*shown)
+    return [every <= frozenset(classes) for classes in shown]
+
+
 class ExemplarBank:
     """All exemplars, kept on the device, from which crops of the patch size are drawn.
 
@@ -72,6 +78,7 @@ class ExemplarBank:
         device: where they are kept and drawn.
         reach: how far, in voxels, the surroundings of an organ go.
         spacing: the voxels' sides in mm; None: cubes.
+        complete_only: crops ``whole`` are of exemplars that show every class that any of them shows.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class ExemplarBank:
         device: torch.device,
         reach: int = 0,
         spacing: Sequence[float] | None = None,
+        complete_only: bool = False,
     ) -> None:
         self.patch = tuple(patch)
         self.device = device
@@ -89,6 +97,7 @@ class ExemplarBank:
         self.channels = len(images[0])
         self.labels: list[Tensor] = []
         self.num_groups = 1
+        self._all_known = True
         self._sources: list[_Source] = []
         self._whole: list[int] = []
         for i, (image, label) in enumerate(zip(images, labels)):
@@ -98,6 +107,9 @@ class ExemplarBank:
                     self._whole.append(i)
             else:
                 self._sources.append(self._sliced_source(image.float(), label))
+        if complete_only:
+            complete = shows_every_class([source.classes for source in self._sources])
+            self._whole = [i for i in self._whole if complete[i]]
         self._turns = {False: self._by_class(range(len(self._sources))), True: self._by_class(self._whole)}
 
     @property
@@ -109,6 +121,7 @@ class ExemplarBank:
         from nnunetv2_cmems.method.synthesis import dilate, inpaint
 
         self.labels.append(label)
+        self._all_known &= not bool((label < 0).any())
         shown = label.clamp_min(0)
         groups = organ_groups(shown)
         self.num_groups = max(self.num_groups, int(groups.max()))
@@ -122,6 +135,7 @@ class ExemplarBank:
 
     def _sliced_source(self, image: Tensor, planes: Sequence[AnnotatedPlane]) -> _Source:
         self.labels += [plane.labels for plane in planes]
+        self._all_known = False
         here = tuple(plane._replace(labels=plane.labels.to(self.device)) for plane in planes)
         classes = sorted({k for plane in planes for k in _classes(plane.labels)})
         places = [torch.cat([plane.places(k) for plane in planes]) for k in classes]
@@ -171,7 +185,8 @@ class ExemplarBank:
         smooth, exact = (torch.cat(part) for part in zip(*parts))
         c = self.channels
         labels, groups, near, unknown = exact.unbind(1)
-        return ExemplarCrops(smooth[:, :c], labels.long(), groups.long(), smooth[:, c:], self.num_groups, near > 0, unknown == 0)
+        known = None if self._all_known else unknown == 0
+        return ExemplarCrops(smooth[:, :c], labels.long(), groups.long(), smooth[:, c:], self.num_groups, near > 0, known)
 
     def _by_class(self, candidates: Sequence[int]) -> list[list[int]]:
         """For each class that some of the exemplars show: which do."""
@@ -186,8 +201,8 @@ class ExemplarBank:
             labels = look_up(source.planes, read_from(deformation, centres))
             shown, nothing = labels.clamp_min(0), torch.zeros_like(labels)
             return torch.cat([image, image], 1), torch.stack([shown, (shown > 0).long(), nothing, (labels < 0).long()], 1).float()
-        smooth = deform(source.content[:, :-4], deformation, centres)
-        return smooth, deform(source.content[:, -4:], deformation, centres, nearest=True)
+        grid = sampling_grid(source.content.shape[2:], deformation, centres)
+        return sample(source.content[:, :-4], grid), sample(source.content[:, -4:], grid, nearest=True)
 
     def _draw_centres(self, i: int, batch: int, foreground: float) -> Tensor:
         half = torch.tensor(self.patch, dtype=torch.float32, device=self.device) / 2

@@ -79,6 +79,7 @@ class MutualNetworks(nn.Module):
         for member in (*self.members, *self.teachers):
             setattr(member.decoder, "deep_supervision", enabled)  # noqa: B010
 
+    @torch.compiler.disable(recursive=False)  # the members' code is compiled, once for all of them, and not this loop over them
     def forward(
         self,
         supervised: Tensor | Sequence[Tensor | None],
@@ -187,25 +188,27 @@ def _member_step(
     with_gradient = [x for x in (supervised, strong) if x is not None]
     num_supervised = 0 if supervised is None else len(supervised)
     num_strong = 0 if strong is None else len(strong)
-    weak_logits = perturbed = None
+    num_perturbed, weak_logits = 0, None
     if weak is not None and dropout is not None:
-        features = member.encoder(torch.cat([*with_gradient, weak]))
-        first = num_supervised + num_strong
-        dropped = dropout([level[first:] for level in features])
-        scales = _scales(member.decoder([torch.cat([level[:first], drop]) for level, drop in zip(features, dropped)]))
-        perturbed = [scale[first:] for scale in scales]
+        num_perturbed = len(weak)
+        levels = member.encoder(torch.cat([*with_gradient, weak]))
+        features = [level.split([len(level) - num_perturbed, num_perturbed]) for level in levels]  # one copy in the backward pass
+        dropped = dropout([level for _, level in features])
+        scales = _scales(member.decoder([torch.cat([first, drop]) for (first, _), drop in zip(features, dropped)]))
         if teacher is None:
             with torch.no_grad():
-                weak_logits = _scales(member.decoder([level[first:].detach() for level in features]))[0]
+                weak_logits = _scales(member.decoder([level.detach() for _, level in features]))[0]
     else:
         scales = _scales(member(torch.cat(with_gradient))) if with_gradient else []
     if weak is not None and weak_logits is None:
         with torch.no_grad():
             weak_logits = _scales((teacher or member)(weak))[0]
+    sizes = num_supervised, num_strong, num_perturbed
+    of_supervised, of_strong, of_perturbed = [list(part) for part in zip(*(scale.split(sizes) for scale in scales))] or [[], [], []]
     return MemberOutput(
-        supervised=None if supervised is None else [scale[:num_supervised] for scale in scales],
-        strong=None if strong is None else [scale[num_supervised : num_supervised + num_strong] for scale in scales],
-        perturbed=perturbed,
+        supervised=None if supervised is None else of_supervised,
+        strong=None if strong is None else of_strong,
+        perturbed=of_perturbed if num_perturbed else None,
         weak=weak_logits,
     )
 

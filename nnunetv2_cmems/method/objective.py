@@ -13,7 +13,7 @@ from nnunetv2_cmems.config import CMEMSConfig, TermConfig
 from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank, ExemplarCrops
 from nnunetv2_cmems.method.feature_perturbation import ChannelDropout
 from nnunetv2_cmems.method.label_space import LabelSpace, PseudoLabel
-from nnunetv2_cmems.method.losses import mean_squared_error, over_heads, segmentation_loss
+from nnunetv2_cmems.method.losses import mean_squared_error, over_heads, over_processes, segmentation_loss
 from nnunetv2_cmems.method.networks import MemberOutput
 from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix
 from nnunetv2_cmems.method.synthesis import SyntheticBatch, choose_backgrounds, synthesise
@@ -169,9 +169,10 @@ class Objective:
         statistics: dict[str, Tensor] = {}
         if u_w is not None:
             probabilities = [self.space.probabilities(output.weak) for output in outputs if output.weak is not None]
-            statistics = unlabelled_statistics(probabilities, config.tau, self.space)
+            decided = [self.space.decide(p, config.tau) for p in probabilities]
+            statistics = unlabelled_statistics(decided, self.space)
             for i, output in enumerate(outputs):
-                taught = self._taught(teacher(probabilities, i))
+                taught = self._taught(probabilities, decided, i)
                 if output.strong is not None:
                     each_view = zip(*(scale.chunk(config.num_strong) for scale in output.strong))
                     losses = [
@@ -229,22 +230,25 @@ class Objective:
     def _supervised_terms(self, terms: dict[str, list[Tensor]], output: MemberOutput, batch: Supervised, progress: float) -> None:
         assert output.supervised is not None
         weights = None if self.supervised_weights is None else self.supervised_weights(progress)
-        parts = {"supervised": slice(0, batch.num_exemplar), "synthetic": slice(batch.num_exemplar, None)}
-        for name, part in parts.items():
-            if len(batch.labels[part]):
+        sizes = batch.num_exemplar, len(batch.labels) - batch.num_exemplar
+        scales = zip(*(scale.split(sizes) for scale in output.supervised))
+        for name, logits, labels, mask in zip(("supervised", "synthetic"), scales, batch.labels.split(sizes), batch.mask.split(sizes)):
+            if len(labels):
                 loss = segmentation_loss(
-                    [scale[part] for scale in output.supervised],
-                    self.space.target(batch.labels[part]),
-                    batch.mask[part],
+                    logits,
+                    self.space.target(labels),
+                    mask,
                     weights=weights,
                     dice_weight=self.config.dice_weight,
                 )
                 terms.setdefault(name, []).append(loss)
 
-    def _taught(self, probabilities: Tensor) -> PseudoLabel:
-        """What a teacher's prediction teaches: its decisions, or itself; where it is sure."""
-        taught = self.space.decide(probabilities, self.config.tau)
-        return taught if self.config.consistency == "pseudo_label" else PseudoLabel(probabilities, taught.confident)
+    def _taught(self, probabilities: Sequence[Tensor], decided: Sequence[PseudoLabel], member: int) -> PseudoLabel:
+        """What a member is taught: its teacher's decisions, or the teacher's prediction itself; where the teacher is sure."""
+        prediction = teacher(probabilities, member)
+        own = next((decision for p, decision in zip(probabilities, decided) if p is prediction), None)  # of one member, no mean
+        taught = self.space.decide(prediction, self.config.tau) if own is None else own
+        return taught if self.config.consistency == "pseudo_label" else PseudoLabel(prediction, taught.confident)
 
     def _consistency(self, scales: list[Tensor], taught: PseudoLabel) -> Tensor:
         config = self.config
@@ -290,18 +294,17 @@ def competence(logits: Sequence[Tensor], batches: Sequence[Supervised], space: L
         target = space.target(batch.labels)
         known = over_heads(batch.mask, target)
         truth, decided = (torch.where(known, labels, 0) for labels in (target, space.decide(space.probabilities(found), 0.0).labels))
-        shown = torch.stack([mask.any() for mask in space.masks(truth)])
-        overlaps.append(torch.where(shown, overlap(decided, truth, space), 0))
-    shared, sizes = torch.stack(overlaps).sum(0)
+        (shown,) = over_processes(torch.stack([mask.sum() for mask in space.masks(truth)]))
+        overlaps.append(torch.where(shown > 0, overlap(decided, truth, space), 0))
+    ((shared, sizes),) = over_processes(torch.stack(overlaps).sum(0))
     return torch.where(sizes > 0, shared / sizes.clamp_min(1e-6), 1.0).amin()
 
 
-def unlabelled_statistics(probabilities: Sequence[Tensor], tau: float, space: LabelSpace) -> dict[str, Tensor]:
+def unlabelled_statistics(decided: Sequence[PseudoLabel], space: LabelSpace) -> dict[str, Tensor]:
     """Sums for the epoch's statistics of coverage and agreement.
 
     Args:
-        probabilities: one (U, heads, *spatial) per member.
-        tau: confidence threshold.
+        decided: each member's decisions about the unlabelled images.
         space: what the heads mean.
 
     Returns:
@@ -310,15 +313,14 @@ def unlabelled_statistics(probabilities: Sequence[Tensor], tau: float, space: La
         (2, F), for two members or more: per foreground class or region the pixels that the first two
         members share, and the mean of what each has.
     """
-    rows, labels = [], []
-    for p in probabilities:
-        label, confident = space.decide(p, tau)
-        sure, foreground = confident.float(), (label > 0).float()
-        rows.append(torch.stack([sure.sum(), torch.ones_like(sure).sum(), (sure * foreground).sum(), foreground.sum()]))
-        labels.append(label)
+    rows = []
+    for label, confident in decided:
+        foreground = label > 0
+        sums = torch.stack([confident.sum(), (confident & foreground).sum(), foreground.sum()]).float()
+        rows.append(torch.stack([sums[0], torch.full_like(sums[0], label.numel()), sums[1], sums[2]]))
     statistics = {"coverage": torch.stack(rows)}
-    if len(labels) > 1:
-        statistics["agreement"] = overlap(labels[0], labels[1], space)
+    if len(decided) > 1:
+        statistics["agreement"] = overlap(decided[0].labels, decided[1].labels, space)
     return statistics
 
 

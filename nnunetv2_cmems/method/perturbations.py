@@ -6,6 +6,7 @@ can be replayed on image and label. Nothing writes into its input, and nothing w
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -48,9 +49,7 @@ def draw_deformation(
             of thick slices only.
     """
     d = len(patch)
-    size = torch.tensor(patch, dtype=torch.float32, device=device)
-    axes = [torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in patch]
-    base = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # (*patch, d)
+    size, base = _constant(tuple(patch), device), _base(tuple(patch), device)
     active = (torch.rand(batch, device=device) < config.probability).float()
     matrix = _rotation(batch, d, math.radians(config.rotation), active, device, spacing or [1.0] * d)
     low, high = math.log(config.scale[0]), math.log(config.scale[1])
@@ -60,11 +59,11 @@ def draw_deformation(
         flips = 1 - 2 * active[:, None] * (torch.rand(batch, d, device=device) < 0.5).float()
         matrix = matrix * flips[:, None, :]
     shift = active[:, None] * config.shift * size * (2 * torch.rand(batch, d, device=device) - 1)
-    offsets = torch.einsum("bij,nj->bni", matrix, base.reshape(-1, d)).reshape(batch, *patch, d)
+    offsets = (base.reshape(-1, d) @ matrix.mT).reshape(batch, *patch, d)
     offsets = offsets + shift.reshape(batch, *[1] * d, d)
     if config.elastic > 0:
         nodes = 2 * torch.rand(batch, d, *[config.elastic_nodes] * d, device=device) - 1
-        field = functional.interpolate(nodes, size=tuple(patch), mode="bicubic" if d == 2 else "trilinear", align_corners=True)
+        field = smooth_field(nodes, patch)
         strength = active * torch.rand(batch, device=device) * config.elastic
         offsets = offsets + field.movedim(1, -1) * (strength.reshape(batch, *[1] * (d + 1)) * size)
     return Deformation(offsets, matrix)
@@ -85,12 +84,22 @@ def deform(
     Returns:
         (B, C, *patch).
     """
+    return sample(images, sampling_grid(images.shape[2:], deformation, centres, pivots), nearest=nearest)
+
+
+def sampling_grid(
+    spatial: Sequence[int], deformation: Deformation, centres: Tensor | None = None, pivots: Tensor | None = None
+) -> Tensor:
+    """What :func:`deform` reads of images of this size, (B, *patch, d) as torch's ``grid_sample`` takes it; arguments as there."""
     offsets = deformation.offsets
-    batch, d = offsets.shape[0], offsets.shape[-1]
-    size = torch.tensor(images.shape[2:], dtype=offsets.dtype, device=offsets.device)
-    voxels = read_from(deformation, ((size - 1) / 2).expand(batch, d) if centres is None else centres, pivots)
-    grid = ((2 * voxels + 1) / size - 1).flip(-1)
-    images = images.expand(batch, *images.shape[1:])
+    size = _constant(tuple(spatial), offsets.device)
+    voxels = read_from(deformation, ((size - 1) / 2).expand(offsets.shape[0], -1) if centres is None else centres, pivots)
+    return ((2 * voxels + 1) / size - 1).flip(-1)
+
+
+def sample(images: Tensor, grid: Tensor, *, nearest: bool = False) -> Tensor:
+    """Read (B, C, *patch) from images at a :func:`sampling_grid`; arguments as in :func:`deform`."""
+    images = images.expand(len(grid), *images.shape[1:])
     return functional.grid_sample(images, grid, mode="nearest" if nearest else "bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -101,6 +110,41 @@ def read_from(deformation: Deformation, centres: Tensor, pivots: Tensor | None =
     if pivots is not None:
         centres = centres + pivots - torch.einsum("bij,bj->bi", deformation.matrix, pivots)
     return offsets + centres.reshape(batch, *[1] * d, d)
+
+
+def smooth_field(nodes: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, *nodes) values at control points, interpolated to (B, C, *size): bicubic for images, linear for volumes.
+
+    One small matrix product an axis. That is what torch's own ``interpolate`` computes, which takes several times as long.
+    """
+    d = len(size)
+    mode = "bicubic" if d == 2 else "linear"
+    for axis, n in enumerate(size):
+        weights = _interpolation(nodes.shape[2 + axis], n, mode, nodes.device)
+        nodes = (nodes.movedim(2 + axis, -1) @ weights).movedim(-1, 2 + axis)
+    return nodes.contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _interpolation(nodes: int, size: int, mode: str, device: torch.device) -> Tensor:
+    """(nodes, size): what each control point adds to each place between the first and the last one."""
+    unit = torch.eye(nodes)[None]
+    if mode == "linear":
+        return functional.interpolate(unit, size=size, mode="linear", align_corners=True)[0].to(device)
+    return functional.interpolate(unit[:, None], size=(nodes, size), mode="bicubic", align_corners=True)[0, 0].to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def _base(patch: tuple[int, ...], device: torch.device) -> Tensor:
+    """(*patch, d) the voxels' distances from the patch's centre."""
+    axes = [torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in patch]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on the device; made once, as a copy from the host takes as long as a small kernel."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def rotation_planes(spacing: Sequence[float]) -> list[tuple[int, int]]:
@@ -173,15 +217,16 @@ def blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
     steps = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-0.5 * (steps / sigma.expand(b, c, *[1] * len(spatial)).reshape(b * c, 1).clamp_min(1e-3)) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
-    convolve = functional.conv2d if len(spatial) == 2 else functional.conv3d
-    out = images.reshape(1, b * c, *spatial)
-    for axis in range(len(spatial)):
-        shape = [b * c, 1] + [1] * len(spatial)
-        shape[2 + axis] = 2 * radius + 1
+    weights = kernel.mT.reshape(2 * radius + 1, b, c, *[1] * len(spatial)).unbind()
+    out = images
+    for axis, n in enumerate(spatial):
         padding = [0] * (2 * len(spatial))
         padding[2 * (len(spatial) - 1 - axis)] = padding[2 * (len(spatial) - 1 - axis) + 1] = radius
-        out = convolve(functional.pad(out, padding, mode="replicate"), kernel.reshape(shape), groups=b * c)
-    return out.reshape(images.shape)
+        padded = functional.pad(out, padding, mode="replicate")
+        out = padded.narrow(2 + axis, 0, n) * weights[0]
+        for step in range(1, 2 * radius + 1):  # faster than a convolution whose kernel differs from image to image
+            out.addcmul_(padded.narrow(2 + axis, step, n), weights[step])
+    return out
 
 
 class CutMix(NamedTuple):
@@ -245,9 +290,15 @@ def _mean(images: Tensor) -> Tensor:
 
 def _with_statistics_of(changed: Tensor, reference: Tensor) -> Tensor:
     """``changed``, shifted and scaled to each image's mean and standard deviation in ``reference``."""
-    axes = _axes(reference)
-    scale = reference.std(axes, keepdim=True) / changed.std(axes, keepdim=True).clamp_min(1e-5)
-    return (changed - _mean(changed)) * scale + _mean(reference)
+    mean, shift = _mean(reference), _mean(changed)
+    centred = changed - shift
+    scale = _deviation(reference - mean) / _deviation(centred).clamp_min(1e-5)
+    return centred * scale + mean
+
+
+def _deviation(centred: Tensor) -> Tensor:
+    """Standard deviation of each image and channel from its mean 0 (torch's own ``std`` is many times slower on a CPU)."""
+    return centred.square().mean(_axes(centred), keepdim=True).sqrt()
 
 
 def _unit_range(images: Tensor) -> Tensor:
@@ -277,7 +328,7 @@ def _biased(images: Tensor, amplitude: float, nodes: int = 3) -> Tensor:
     """Multiplication (of the non-negative intensities) by a smooth random field around 1."""
     d = images.ndim - 2
     coarse = 2 * torch.rand(*images.shape[:2], *[nodes] * d, device=images.device) - 1
-    field = functional.interpolate(coarse, size=images.shape[2:], mode="bicubic" if d == 2 else "trilinear", align_corners=True)
+    field = smooth_field(coarse, images.shape[2:])
     low = images.amin(_axes(images), keepdim=True)
     return (images - low) * torch.exp(amplitude * _uniform(images) * field) + low
 

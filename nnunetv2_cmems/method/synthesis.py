@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from nnunetv2_cmems.config import SynthesisConfig
 from nnunetv2_cmems.method.exemplars import ExemplarCrops
-from nnunetv2_cmems.method.perturbations import blur, deform, draw_deformation
+from nnunetv2_cmems.method.perturbations import blur, draw_deformation, sample, sampling_grid
 
 
 class SyntheticBatch(NamedTuple):
@@ -64,9 +64,10 @@ def synthesise(
         others = unlabelled[torch.arange(batch, device=device) % len(unlabelled)]
         canvas = torch.where(is_unlabelled, others, backgrounds)
     joint = draw_deformation(batch, patch, config.joint, device, spacing)
-    content = deform(crops.images, joint)
-    labels = deform(crops.labels[:, None].float(), joint, nearest=True)
-    groups = deform(crops.groups[:, None].float(), joint, nearest=True)
+    grid = sampling_grid(patch, joint)
+    content = sample(crops.images, grid)
+    maps = [crops.labels, crops.groups, *([] if crops.near is None else [crops.near])]
+    labels, groups, *surroundings = sample(torch.stack(maps, 1).float(), grid, nearest=True).split(1, 1)
     margin = max(1, round(config.ignore_margin * min(patch)))
     painted = torch.zeros_like(labels)
     for group in range(1, crops.num_groups + 1):
@@ -78,8 +79,8 @@ def synthesise(
     known = dilate(painted > 0, margin) | ~is_unlabelled
     if config.known_beyond < 1:
         near = dilate(painted > 0, max(margin, reach(config, patch)))
-        if crops.near is not None:
-            near = near | (deform(crops.near[:, None].float(), joint, nearest=True) > 0)
+        for others in surroundings:
+            near = near | (others > 0)
         known = known | ~near
     if unknown is not None:
         known = known & (~unknown | is_unlabelled | (painted > 0))
@@ -113,12 +114,13 @@ def inpaint(image: Tensor, hole: Tensor) -> Tensor:
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
     """A (B, C, *spatial) bool mask, grown by ``radius`` voxels (square neighbourhood)."""
-    pool: Any = functional.max_pool2d if mask.ndim == 4 else functional.max_pool3d
-    grown, d = mask.float(), mask.ndim - 2
-    for axis in range(d):  # one axis at a time: the same square, and cheap for a large radius
-        reach = [radius if i == axis else 0 for i in range(d)]
-        grown = pool(grown, [2 * r + 1 for r in reach], 1, reach)
-    return grown > 0
+    width = 2 * radius + 1
+    for axis in range(2, mask.ndim):  # one axis at a time: the same square; running sums cost the same for any radius
+        room = [0, 0] * (mask.ndim - 1 - axis) + [radius + 1, radius]
+        sums = functional.pad(mask, room).cumsum(axis, dtype=torch.int32)
+        n = mask.shape[axis]
+        mask = sums.narrow(axis, width, n) > sums.narrow(axis, 0, n)
+    return mask
 
 
 def choose_backgrounds(batch: int, unlabelled: Tensor | None, config: SynthesisConfig, device: torch.device) -> Tensor:
@@ -133,12 +135,9 @@ def _move(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Deform one group of organs about its own centre."""
     move = draw_deformation(len(content), patch, config.separate, content.device, spacing)
-    centre = _centre(shape)
-    return (
-        deform(content, move, pivots=centre),
-        deform(labels, move, pivots=centre, nearest=True),
-        deform(shape, move, pivots=centre, nearest=True),
-    )
+    grid = sampling_grid(patch, move, pivots=_centre(shape))
+    labels, shape = sample(torch.cat([labels, shape], 1), grid, nearest=True).split(1, 1)
+    return sample(content, grid), labels, shape
 
 
 def _paste(
