@@ -16,7 +16,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
-from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.errors import CMEMSError, clipped, shown
+from nnunetv2_cmems.files import read_json
 
 CONFIG_VARIABLE = "nnUNet_cmems_config"
 """Environment variable that names a JSON file with overrides."""
@@ -147,6 +148,9 @@ class SynthesisConfig:
             beyond which an unlabelled background counts as background again: scans of one data set
             show an organ at about the same place, so the image's own lies under or near the pasted
             one. 1 switches this off, for data without such an order.
+        complete_only: organs are cut only from exemplars that show every class that any exemplar shows. From the others
+            Ω would make images that lack organs, on backgrounds that may have them. Where no exemplar shows every class
+            there are no synthetic images.
         blend: sigma, in voxels, of the soft border between organ and background.
         adapt: strength in [0, 1] of the adaptation of the organs' intensities (mean and standard
             deviation of their surroundings) to the background.
@@ -157,6 +161,7 @@ class SynthesisConfig:
     unlabelled_background: float = _between(0.0, 1.0, 0.7)
     ignore_margin: float = _between(0.0, 1.0, 0.05)
     known_beyond: float = _between(0.0, 1.0, 0.2)
+    complete_only: bool = True
     blend: float = _between(0.0, 10.0, 1.0)
     adapt: float = _between(0.0, 1.0, 1.0)
 
@@ -187,7 +192,8 @@ class CMEMSConfig:
         num_members: number of networks that teach each other. Two is the paper's method; one is
             its own teacher (as in FixMatch).
         architecture: ``"plans"``: all members have the plans' network; ``"mixed"``: every second one its counterpart
-            of about the same size, a residual encoder in place of plain convolutions or the other way round.
+            of about the same size, a residual encoder in place of plain convolutions or the other way round; ``"auto"``: mixed
+            where a counterpart is known. Networks that differ make different mistakes, and copy fewer of each other's.
         ema_decay: above 0, pseudo-labels are made by running means of the members' weights that keep this share at each
             step (Mean Teacher). The members themselves predict. 0: no running means.
         num_epochs: length of the training in epochs.
@@ -236,7 +242,7 @@ class CMEMSConfig:
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.
         log_hidden_accuracy: log the accuracy of the pseudo-labels where the hidden labels exist.
-        checkpoint_every: epochs between two writings of ``checkpoint_latest.pth`` (nnU-Net's 50).
+        checkpoint_every: epochs between two writings of ``checkpoint_latest.pth``, which are what a kill can lose (nnU-Net: 50).
         seed: seed of everything that is drawn; ``None``: a fresh one for each training. Two runs with
             one seed are equal only without worker processes (``nnUNet_n_proc_DA=0``), whose batches
             arrive in any order.
@@ -245,7 +251,7 @@ class CMEMSConfig:
     exemplar: Literal["auto", "all", "one"] | tuple[ExemplarSpec, ...] = "auto"
     allow_missing_classes: bool = False
     num_members: int = _between(1, 4, 2)
-    architecture: Literal["plans", "mixed"] = "plans"
+    architecture: Literal["auto", "plans", "mixed"] = "auto"
     ema_decay: float = _between(0.0, 1.0, 0.0)
     num_epochs: int = _between(1, 10**6, 200)
     iterations_per_epoch: int = _between(1, 10**6, 250)
@@ -267,7 +273,7 @@ class CMEMSConfig:
     dice_weight: float = _between(0.0, 1000.0, 1.0)
     class_weighting: float = _between(0.0, 1.0, 1.0)
     final_class_weighting: float = _between(0.0, 1.0, 0.0)
-    competence: bool = False
+    competence: bool = True
     pseudo_cross_entropy_weight: float = _between(0.0, 1000.0, 1.0)
     pseudo_dice_weight: float = _between(0.0, 1000.0, 1.0)
     pseudo_dice: Literal["shown", "all"] = "shown"
@@ -287,7 +293,7 @@ class CMEMSConfig:
     feature_perturbation: FeatureConfig = FeatureConfig()
     best_checkpoint: Literal["agreement", "validation_dice"] = "agreement"
     log_hidden_accuracy: bool = True
-    checkpoint_every: int = _between(1, 10**6, 50)
+    checkpoint_every: int = _between(1, 10**6, 10)
     seed: int | None = _between(0, 2**31 - 1, None)
 
     @property
@@ -346,14 +352,11 @@ def load_config(base: CMEMSConfig, preprocessed_dataset_folder: str | None) -> t
             raise CMEMSError(f"{CONFIG_VARIABLE} names '{path}', which is not a file; correct the variable or unset it.")
     elif preprocessed_dataset_folder is not None:
         path = os.path.join(preprocessed_dataset_folder, CONFIG_FILE)
-    if not path or not os.path.isfile(path):
+    if not path or not os.path.lexists(path):
         return base, "the trainer's defaults"
-    try:
-        with open(path, encoding="utf-8") as file:
-            overrides = json.load(file)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CMEMSError(f"{path} cannot be read as JSON ({error}); correct the file.") from error
-    return with_overrides(base, overrides, path), path
+    if not os.path.isfile(path):
+        raise CMEMSError(f"{path} is a folder, or a link that leads nowhere, where a file with the config is expected; remove it.")
+    return with_overrides(base, read_json(path, unique_keys=True, byte_order_mark=True), path), path
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -371,13 +374,13 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def _merge(base: Any, overrides: Any, source: str, prefix: str) -> Any:
     if not isinstance(overrides, dict):
         what = f"'{prefix[:-1]}'" if prefix else "the file's content"
-        raise CMEMSError(f"{source}: {what} must be a JSON object ({{...}}), not {json.dumps(overrides)}.")
+        raise CMEMSError(f"{source}: {what} must be a JSON object ({{...}}), not {shown(overrides)}.")
     hints = typing.get_type_hints(type(base))
     fields = {f.name: f for f in dataclasses.fields(base)}
     changes = {}
     for key, value in overrides.items():
         if key not in fields:
-            raise CMEMSError(f"{source}: unknown key '{prefix}{key}'; known keys are {', '.join(sorted(fields))}.")
+            raise CMEMSError(f"{source}: unknown key '{prefix}{clipped(key)}'; known keys are {', '.join(sorted(fields))}.")
         old = getattr(base, key)
         if dataclasses.is_dataclass(old):
             changes[key] = _merge(old, value, source, f"{prefix}{key}.")
@@ -393,13 +396,19 @@ def _checked(value: Any, hint: Any, limits: tuple[float, float] | None, source: 
         if fits:
             break
     else:
-        raise CMEMSError(f"{source}: '{key}' must be {_describe(hint)}, not {json.dumps(value)}.")
+        raise CMEMSError(f"{source}: '{key}' must be {_describe(hint)}, not {shown(value)}.")
     if limits is not None and converted is not None:
         numbers = converted if isinstance(converted, tuple) else (converted,)
         if not all(limits[0] <= number <= limits[1] for number in numbers):
-            raise CMEMSError(f"{source}: '{key}' is {json.dumps(value)}, which is not between {limits[0]:g} and {limits[1]:g}.")
-        if len(numbers) == 2 and numbers[0] > numbers[1]:
-            raise CMEMSError(f"{source}: '{key}' is {json.dumps(value)}; the first number must not exceed the second.")
+            raise CMEMSError(f"{source}: '{key}' is {shown(value)}, which is not between {limits[0]:g} and {limits[1]:g}.")
+        if typing.get_args(hint)[1:] == (Ellipsis,):
+            if any(number in limits for number in numbers) or list(numbers) != sorted(set(numbers)):
+                raise CMEMSError(
+                    f"{source}: '{key}' is {shown(value)}; each number must exceed the one before, and lie between {limits[0]:g} and "
+                    f"{limits[1]:g}, these two excluded."
+                )
+        elif len(numbers) == 2 and numbers[0] > numbers[1]:
+            raise CMEMSError(f"{source}: '{key}' is {shown(value)}; the first number must not exceed the second.")
     return converted
 
 
@@ -426,6 +435,9 @@ def _fit(value: Any, option: Any, source: str, key: str) -> tuple[bool, Any]:
     items = typing.get_args(option)
     if not isinstance(value, list):
         return False, None
+    if items == (float, Ellipsis):
+        numbers = [_fit(item, float, source, key) for item in value]
+        return all(fits for fits, _ in numbers), tuple(number for _, number in numbers)
     if items[-1] is Ellipsis:  # a list of exemplars
         return len(value) > 0, tuple(_exemplar(item, source, f"{key}[{i}]") for i, item in enumerate(value))
     fitted = [_fit(item, kind, source, key) for item, kind in zip(value, items)]
@@ -436,7 +448,7 @@ def _exemplar(value: Any, source: str, key: str) -> ExemplarSpec:
     if not isinstance(value, dict) or "case" not in value:
         example = '{"case": "patient001", "slice": 4}'
         raise CMEMSError(
-            f"{source}: '{key}' must name a case, and a slice of it if not all is meant, as {example}, not {json.dumps(value)}."
+            f"{source}: '{key}' must name a case, and a slice of it if not all is meant, as {example}, not {shown(value)}."
         )
     if value.get("slice") is None and value.get("axis") is not None:
         raise CMEMSError(f"{source}: '{key}' names an axis but no slice; add \"slice\", or leave out \"axis\".")
@@ -451,6 +463,8 @@ def _describe(hint: Any) -> str:
             said.append(names[option])
         elif typing.get_origin(option) is Literal:
             said.append(" or ".join(json.dumps(choice) for choice in typing.get_args(option)))
+        elif typing.get_args(option) == (float, Ellipsis):
+            said.append("a list of numbers")
         elif typing.get_args(option)[-1] is Ellipsis:
             said.append("a list of annotated slices")
         else:

@@ -43,6 +43,7 @@ def change_everything(values: dict[str, Any]) -> dict[str, Any]:
         "consistency": "mean_squared_error",
         "pseudo_dice": "all",
         "rampup_shape": "gaussian",
+        "at": [0.25, 0.75, 0.875],
     }
     changed = {}
     for key, value in values.items():

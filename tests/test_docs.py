@@ -19,7 +19,7 @@ from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.study import config_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "docs/method.md", "docs/configuration.md", "docs/nnunet.md", "docs/benchmark.md", "docs/peers.md"]
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("method", "configuration", "nnunet", "benchmark", "peers", "distillation"))]
 CONFIGURATION = REPOSITORY / config_table.DOCUMENT
 
 

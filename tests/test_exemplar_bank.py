@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_cmems.config import SpatialConfig
-from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank, organ_groups
+from nnunetv2_cmems.method.exemplars import UNDEFORMED, ExemplarBank, organ_groups, shows_every_class
 
 DIMENSIONS = pytest.mark.parametrize("d", [2, 3])
 CPU = torch.device("cpu")
@@ -224,6 +224,27 @@ def test_exemplar_without_organs_is_shown_but_not_cut_from(d: int) -> None:
     crops = both.draw(60, UNDEFORMED, 0.5)
     empty = crops.images.flatten(1).amin(1) == 1
     assert 0.1 < float(empty.float().mean()) < 0.45  # half of those that may be anything
-    assert not crops.labels[empty].any() and crops.known is not None and crops.known[empty].all()
+    assert not crops.labels[empty].any() and crops.known is None
     assert not (both.draw(40, UNDEFORMED, 1.0).images == 1).any()
     assert not (both.draw(40, UNDEFORMED, 0.0, whole=True).images == 1).any()
+
+
+# exemplars that lack a class
+
+
+def test_what_shows_every_class() -> None:
+    assert shows_every_class([[1, 2], [2], [1, 2], []]) == [True, False, True, False]
+    assert shows_every_class([[1], [2]]) == [False, False]
+    assert shows_every_class([[], []]) == [True, True]
+
+
+def test_organs_are_cut_from_exemplars_that_show_every_class() -> None:
+    labels = [label_with(2, 12, c1=(2, 5)), label_with(2, 12, c1=(2, 8), c2=(5, 8))]
+    images = [torch.full((1, 12, 12), float(i)) for i in range(2)]
+
+    def drawn(complete_only: bool, *, whole: bool = True) -> set[float]:
+        bank = ExemplarBank(images, labels, [12, 12], CPU, complete_only=complete_only)
+        return set(bank.draw(40, UNDEFORMED, 1.0, whole=whole).images.mean((1, 2, 3)).tolist())
+
+    assert drawn(True) == {1.0} and drawn(False) == {0.0, 1.0}
+    assert drawn(True, whole=False) == {0.0, 1.0}, "as exemplars all of them serve"

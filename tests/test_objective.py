@@ -41,7 +41,7 @@ SAME = IntensityConfig(probability=0.0)
 # Nothing is perturbed: what is predicted can be worked out by hand.
 CALM = CMEMSConfig(
     supervised=ON, synthetic=OFF, image=ON, feature=ON, tau=0.9, dice_weight=0.0, pseudo_dice_weight=0.0, cutmix=0.0,
-    exemplar_views=UNDEFORMED,
+    competence=False, exemplar_views=UNDEFORMED,
     supervised_intensity=SAME, weak=SAME, strong=SAME, unlabelled_views=UNDEFORMED,
     synthesis=SynthesisConfig(joint=UNDEFORMED, separate=UNDEFORMED, unlabelled_background=1.0, known_beyond=1.0),
 )  # fmt: skip
@@ -460,7 +460,7 @@ def real_networks(d: int, members: int) -> MutualNetworks:
 def test_every_term_reaches_every_member(d: int, term: str, members: int, space: LabelSpace) -> None:
     off = TermConfig(weight=0.0)
     weights = {"supervised": off, "synthetic": off, "image": off, "feature": off, term: ON}
-    config = dataclasses.replace(CMEMSConfig(), num_members=members, tau=0.0, **weights)
+    config = dataclasses.replace(CMEMSConfig(), num_members=members, tau=0.0, competence=False, **weights)
     network = real_networks(d, members)
     step = objective(config, d, space=space)(network, torch.randn(2, 1, *[SIZE] * d), 1.0)
     assert torch.isfinite(step.total) and step.total > 0
@@ -538,10 +538,10 @@ def test_coverage_and_agreement() -> None:
             p[0, :, y, x] = (1 - confidence) / 2
             p[0, k, y, x] = confidence
         probabilities.append(p)
-    statistics = unlabelled_statistics(probabilities, 0.75, CLASSES)
+    statistics = unlabelled_statistics([CLASSES.decide(p, 0.75) for p in probabilities], CLASSES)
     assert statistics["coverage"].tolist() == [[3, 4, 2, 3], [2, 4, 2, 3]]
     assert statistics["agreement"].tolist() == [[1, 1], [1.5, 1.5]]
-    assert set(unlabelled_statistics(probabilities[:1], 0.75, CLASSES)) == {"coverage"}
+    assert set(unlabelled_statistics([CLASSES.decide(probabilities[0], 0.75)], CLASSES)) == {"coverage"}
 
 
 @DIMENSIONS
@@ -555,7 +555,7 @@ def test_coverage_and_agreement_of_regions() -> None:
     # two pixels: probabilities of the three regions, of member 0 and 1
     said = [[[0.9, 0.9, 0.4], [0.8, 0.6, 0.1]], [[0.9, 0.1, 0.6], [0.3, 0.7, 0.1]]]
     probabilities = [torch.tensor(pixels).T.reshape(1, 3, 1, 2) for pixels in said]
-    statistics = unlabelled_statistics(probabilities, 0.75, REGIONS)
+    statistics = unlabelled_statistics([REGIONS.decide(p, 0.75) for p in probabilities], REGIONS)
     assert statistics["coverage"].tolist() == [[4, 6, 3, 4], [3, 6, 1, 3]]
     assert statistics["agreement"].tolist() == [[1, 1, 0], [1.5, 1.5, 0.5]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -254,12 +255,22 @@ def test_cross_teaching_from_training_to_prediction(workspace: Workspace, tmp_pa
         assert torch.equal(loaded.eval()(x), trainer.network.eval()(x))
 
     model = Path(trainer.output_folder).parent
-    with pytest.raises(CMEMSError, match="two architectures.*--member 0"):
-        export_model(str(model), ["0"], str(tmp_path / "both"))
+    assert export_model(str(model), ["0"], str(tmp_path / "both")) == [0], "of the second, a stock nnU-Net cannot build"
+    assert json.loads((tmp_path / "both" / "exported_from.json").read_text())["left_out"] == [{"fold": "0", "member": 1}]
     with pytest.raises(CMEMSError, match="number 1 .* has another architecture than the plans"):
         export_model(str(model), ["0"], str(tmp_path / "second"), member=1)
-    assert not (tmp_path / "both").exists() and not (tmp_path / "second").exists()
+    assert not (tmp_path / "second").exists()
     assert export_model(str(model), ["0"], str(tmp_path / "first"), member=0) == [0]
+
+
+def test_by_default_members_have_two_architectures_where_there_are_two(workspace: Workspace) -> None:
+    workspace.configure(architecture="auto")
+    trainer = workspace.make()
+    trainer.initialize()
+    assert [type(member) for member in trainer.network.members] == [PlainConvUNet, ResidualEncoderUNet]
+    (workspace.base / "cmems.json").unlink()
+    assert workspace.make().config.architecture == "auto"
+    assert workspace.make(trainers.nnUNetTrainerCMEMS_paper).config.architecture == "plans"
 
 
 def test_mixed_members_need_an_architecture_that_has_a_counterpart(workspace: Workspace) -> None:

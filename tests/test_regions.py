@@ -151,7 +151,7 @@ def test_pictures_of_regions(regions: Workspace, monkeypatch: pytest.MonkeyPatch
 
 def test_masks_of_regions_and_their_export(regions: Workspace, pools_are_threads: None, tmp_path: Path) -> None:
     """What was learned comes out under the right values, also from nnU-Net without this package's networks."""
-    regions.configure(exemplar=[EXEMPLAR], iterations_per_epoch=150, num_members=2, exemplar_batch=4)
+    regions.configure(exemplar=[EXEMPLAR], iterations_per_epoch=150, num_members=2, exemplar_batch=4, architecture="plans")
     trainer = regions.train(nnUNetTrainerCMEMS_exemplarOnly)
     trainer.perform_actual_validation()
     folder = regions.fold("nnUNetTrainerCMEMS_exemplarOnly")

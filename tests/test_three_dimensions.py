@@ -119,7 +119,7 @@ def test_a_slice_that_does_not_exist(space: Volumes) -> None:
 
 def test_synthesis_alone_needs_a_whole_volume(space: Volumes) -> None:
     space.configure(exemplar=[{"case": CASES[1], "slice": 2}], allow_missing_classes=True, supervised={"enabled": False})
-    with pytest.raises(CMEMSError, match="needs a wholly annotated volume"):
+    with pytest.raises(CMEMSError, match="no synthetic images: only slices of volumes are annotated.*switch it on"):
         space.train()
 
 

@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_cmems import trainers
-from nnunetv2_cmems.config import CMEMSConfig, TermConfig
+from nnunetv2_cmems.config import CMEMSConfig, SynthesisConfig, TermConfig
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS, nnUNetTrainerCMEMS_exemplarOnly
 
@@ -205,11 +205,14 @@ def test_without_mutual_teaching_there_is_no_unlabelled_stream(workspace: Worksp
 
 def test_each_preset_changes_only_the_config() -> None:
     default = CMEMSConfig()
-    peer: dict[str, Any] = {"synthetic": OFF, "feature": OFF}
+    as_published: dict[str, Any] = {"architecture": "plans", "competence": False}
+    peer: dict[str, Any] = {**as_published, "synthetic": OFF, "feature": OFF}
     same_views: dict[str, Any] = {"strong": default.weak, "cutmix": 0.0}
     slowly = TermConfig(weight=0.2, rampup=1.0, rampup_shape="gaussian")
     expected: dict[str, dict[str, Any]] = {
-        "nnUNetTrainerCMEMS_paper": {"optimizer": "sgd", "final_class_weighting": 1.0},
+        "nnUNetTrainerCMEMS_paper": {
+            **as_published, "optimizer": "sgd", "final_class_weighting": 1.0, "synthesis": SynthesisConfig(complete_only=False),
+        },
         "nnUNetTrainerCMEMS_exemplarOnly": {"num_members": 1, "synthetic": OFF, "image": OFF, "feature": OFF},
         "nnUNetTrainerCMEMS_allLabels": {"num_members": 1, "synthetic": OFF, "image": OFF, "feature": OFF, "exemplar": "all"},
         "nnUNetTrainerCMEMS_noSynthesis": {"synthetic": OFF},
@@ -223,11 +226,11 @@ def test_each_preset_changes_only_the_config() -> None:
         },
         "nnUNetTrainerCMEMS_fixMatch": {**peer, "num_members": 1, "image": TermConfig(), "pseudo_dice_weight": 0.0, "cutmix": 0.0},
         "nnUNetTrainerCMEMS_uniMatch": {
-            "synthetic": OFF, "num_members": 1, "num_strong": 2, "image": TermConfig(), "feature": TermConfig(),
+            **as_published, "synthetic": OFF, "num_members": 1, "num_strong": 2, "image": TermConfig(), "feature": TermConfig(),
             "pseudo_cross_entropy_weight": 0.0, "pseudo_dice": "all",
         },
         "nnUNetTrainerCMEMS_crossTeaching": {
-            **peer, **same_views, "architecture": "mixed", "tau": 0.0, "image": slowly, "pseudo_cross_entropy_weight": 0.0,
+            **peer, "architecture": "mixed", **same_views, "tau": 0.0, "image": slowly, "pseudo_cross_entropy_weight": 0.0,
             "pseudo_dice": "all",
         },
     }  # fmt: skip
@@ -394,13 +397,15 @@ def test_best_checkpoint_can_be_validated_after_training(workspace: Workspace) -
 
 
 def test_pretrained_weights_fill_every_member(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.configure(num_members=3)
     stock = workspace.make(nnUNetTrainer)
     stock.initialize()
     stock.save_checkpoint(str(tmp_path / "stock.pth"))
     trainer = workspace.make()
     run_training.maybe_load_checkpoint(trainer, False, False, str(tmp_path / "stock.pth"))
     wanted = stock.network.state_dict()
-    for member in trainer.network.members:
+    assert [set(member.state_dict()) == set(wanted) for member in trainer.network.members] == [True, False, True]
+    for member in trainer.network.members[::2]:  # the other one is of another architecture, and begins afresh
         for key, value in member.state_dict().items():
             assert torch.equal(value, wanted[key]) != (".seg_layers." in key and key.endswith("weight")), key  # nnU-Net leaves those out
     trainer.run_training()
@@ -549,3 +554,20 @@ def test_compiled_network_trains_and_is_saved_like_another(workspace: Workspace,
         assert same_weights(saved, weights(plain))
         resumed = workspace.resume()
     assert same_weights(resumed.mutual_networks.state_dict(), saved)
+
+
+# what organs are cut from
+
+
+@pytest.mark.parametrize(("complete_only", "made"), [(True, False), (False, True)])
+def test_no_synthetic_images_of_slices_that_lack_organs(workspace: Workspace, complete_only: bool, made: bool) -> None:
+    """Two slices that show all classes together, but neither does alone."""
+    shown = workspace.label(CASES[1])
+    for case, missing in ((CASES[1], 3), (CASES[2], 1)):
+        workspace.set_label(case, np.where(shown == missing, 0, shown))
+    exemplars = [{"case": case, "slice": EXEMPLAR["slice"]} for case in CASES[1:3]]
+    workspace.configure(exemplar=exemplars, synthesis={"complete_only": complete_only})
+    trained = workspace.train()
+    assert bool(trained.history.curves.get("loss/synthetic")) == made
+    log = next(workspace.fold().glob("training_log_*.txt")).read_text()
+    assert ("No synthetic images: no annotated slice shows every class" in log) == (not made)

@@ -145,6 +145,8 @@ def _option(option: Any, limits: tuple[float, float] | None) -> str:
         return f"a number{between}"
     if typing.get_origin(option) is Literal:
         return " or ".join(f"`{json.dumps(choice)}`" for choice in typing.get_args(option))
+    if typing.get_args(option) == (float, Ellipsis):
+        return f"a list of numbers{between}, each above the one before"
     if Ellipsis in typing.get_args(option):
         return "a list of annotated slices"
     return f"a list of {len(typing.get_args(option))} numbers{between}, in ascending order"

@@ -79,6 +79,12 @@ def _tau(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study:
     return _of_config(grid, "tau", "How confident must a pseudo-label be?", {value: {"tau": value} for value in chosen})
 
 
+def _architecture(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study:
+    chosen = _names("architecture", values, ["plans", "auto"])
+    question = "Should the networks be of one architecture or of two?"
+    return _of_config(grid, "architecture", question, {value: {"architecture": value} for value in chosen})
+
+
 def _members(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study:
     chosen = _whole("members", values, (1, 2, 3, 4))
     question = "How many networks should teach each other?"
@@ -250,6 +256,7 @@ STUDIES: dict[str, Callable[[Grid, Sequence[str] | None, int | None], Study]] = 
     "competence": _competence,
     "exemplar": _exemplar,
     "members": _members,
+    "architecture": _architecture,
     "backbone": _backbone,
     "shots": _shots,
 }

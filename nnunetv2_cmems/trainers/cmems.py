@@ -29,19 +29,18 @@ from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch._dynamo import OptimizedModule
 
 from nnunetv2_cmems.config import CMEMSConfig, ExemplarSpec, TermConfig, differences, load_config, with_overrides
 from nnunetv2_cmems.data.annotation import LabelValues
 from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset, choose_exemplar, list_annotated, load_exemplars
 from nnunetv2_cmems.data.preprocessing import configuration_signature
-from nnunetv2_cmems.data.sources import FEWEST_CASES_TO_SPLIT, find_unlabelled, takes_all_annotations, unlabelled_folder
+from nnunetv2_cmems.data.raw import check_description
+from nnunetv2_cmems.data.sources import FEWEST_CASES_TO_SPLIT, check_split, find_unlabelled, takes_all_annotations, unlabelled_folder
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader, check_images
 from nnunetv2_cmems.data.validation import ValidationLoader
 from nnunetv2_cmems.errors import CMEMSError, first_line, show_errors_as_sentences
 from nnunetv2_cmems.files import write_json
-from nnunetv2_cmems.method.exemplars import ExemplarBank
+from nnunetv2_cmems.method.exemplars import ExemplarBank, shows_every_class
 from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
 from nnunetv2_cmems.method.losses import weights_from
 from nnunetv2_cmems.method.networks import MutualNetworks, count_members, splits
@@ -49,10 +48,26 @@ from nnunetv2_cmems.method.objective import Objective, batch_sizes
 from nnunetv2_cmems.method.perturbations import rotation_planes
 from nnunetv2_cmems.method.planes import AnnotatedPlane
 from nnunetv2_cmems.method.synthesis import reach
+from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.architectures import counterpart
+from nnunetv2_cmems.trainers.compilation import rehearse
+from nnunetv2_cmems.trainers.faults import (
+    SideFiles,
+    SkippedSteps,
+    broken_terms,
+    broken_weights,
+    check_masks,
+    not_finite,
+    one_sentence,
+    while_predicting,
+    while_training,
+    while_validating,
+    workers_stopped,
+)
 from nnunetv2_cmems.trainers.first_look import draw_looks, look_at, sample
 from nnunetv2_cmems.trainers.hidden_labels import CONFIDENCES, HiddenLabels
 from nnunetv2_cmems.trainers.history import History
+from nnunetv2_cmems.trainers.host_memory import keep_freed_memory
 from nnunetv2_cmems.trainers.optimizer import WarmedUpPoly
 from nnunetv2_cmems.trainers.snapshot import draw_snapshot
 
@@ -93,6 +108,9 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self.hidden_labels: HiddenLabels | None = None
         self.exemplars: list[Exemplar] = []
         self._named_as_a_whole: set[str] = set()
+        self._random_numbers = resume.RandomNumbers()
+        self._skipped = SkippedSteps()
+        self._side_files = distributed.NoSideFiles() if self.local_rank else SideFiles(self.print_to_log_file)
 
     def _use(self, config: CMEMSConfig) -> None:
         self.config = config
@@ -108,7 +126,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         build = functools.partial(
             type(self).build_network_architecture,
             num_members=config.num_members,
-            mixed=config.architecture == "mixed",
+            mixed=config.architecture == "mixed" or (config.architecture == "auto" and self._counterpart() is not None),
             averaged=config.ema_decay > 0,
         )
         self.build_network_architecture = build  # type: ignore[method-assign]
@@ -152,10 +170,14 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             averaged=averaged,
         )
 
+    def _counterpart(self) -> tuple[str, dict[str, Any]] | None:
+        manager = self.configuration_manager
+        return counterpart(manager.network_arch_class_name, manager.network_arch_init_kwargs)
+
     @property
     def mutual_networks(self) -> Any:
-        """The :class:`MutualNetworks` without torch.compile's wrapper; None before ``initialize``."""
-        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        """The :class:`MutualNetworks` without the wrappers around it; None before ``initialize``."""
+        return distributed.unwrapped(self.network)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         self.mutual_networks.deep_supervision = enabled
@@ -164,23 +186,31 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self._check_preprocessed()
         if self.config.seed is not None:
             _seed_everything(self.config.seed)
+        plans_file = os.path.join(self.preprocessed_dataset_folder_base, f"{self.plans_manager.plans_name}.json")
         manager = self.configuration_manager
-        if self.config.architecture == "mixed" and counterpart(manager.network_arch_class_name, manager.network_arch_init_kwargs) is None:
+        distributed.check_planned(manager.batch_size, distributed.count_processes(), self.configuration_name, plans_file)
+        if self.config.architecture == "mixed" and self._counterpart() is None:
             raise CMEMSError(
                 f"'architecture' is \"mixed\" ({self._config_source}), but no counterpart of {manager.network_arch_class_name} is known; "
                 'choose plans with a PlainConvUNet or a ResidualEncoderUNet, or set it to "plans".'
             )
         super().initialize()
+        if self.config.seed is not None and self.local_rank:  # the networks are those of the first process, the draws are not
+            _seed_everything(resume.seeds(self.config.seed, 0, 0, self.local_rank + 1)[-1])
         if self.config.feature.enabled and not splits(self.mutual_networks.members[0]):
             raise CMEMSError(
                 f"{self.configuration_manager.network_arch_class_name} does not split into an encoder and a decoder, so its features "
                 'cannot be perturbed; choose plans of another architecture, or switch the term off: {"feature": {"enabled": false}}.'
             )
+        self._random_numbers.begin()
         # nnU-Net's -pretrained_weights expects one plain network
         run_training.load_pretrained_weights = _load_pretrained_into_every_member
 
     def configure_optimizers(self) -> tuple[Any, Any]:
         """AdamW, whose rate is set per step; or nnU-Net's own."""
+        if self.is_ddp:
+            image = torch.zeros(1, self.num_input_channels, *self.configuration_manager.patch_size, device=self.device)
+            distributed.leave_out_unreached(self.mutual_networks.members, image)
         if self.config.optimizer == "sgd":
             return super().configure_optimizers()
         config = self.config
@@ -201,7 +231,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[Iterator, Iterator]:
         """The unlabelled crops, and nnU-Net's own validation loader. The exemplars need no loader."""
-        training, validation = self.do_split()
+        with distributed.first_process_first():
+            training, validation = self.do_split()
         dataset = self.preprocessed_dataset()
         self.exemplars = self._find_exemplars(training, dataset)
         annotated = {exemplar.case for exemplar in self.exemplars}
@@ -253,8 +284,10 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
                 return cases, []
             chosen = self._chosen_exemplars() if os.path.isdir(unlabelled_folder(dataset.folder)) else []
             return cases, [case for case in cases if case not in {spec.case for spec in chosen}]
-        has_splits = os.path.isfile(os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json"))
-        if len(cases) < FEWEST_CASES_TO_SPLIT and not has_splits:
+        splits_file = os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json")
+        if os.path.lexists(splits_file):
+            check_split(splits_file, self.fold, dataset)
+        elif len(cases) < FEWEST_CASES_TO_SPLIT:
             self.print_to_log_file(f"{len(cases)} labelled case{'s' if len(cases) > 1 else ''}, too few to split: training on all of them.")
             return cases, []
         return super().do_split()
@@ -282,8 +315,13 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     @property
     def _synthesises(self) -> bool:
-        """Whether the synthetic stream is on and an exemplar shows whole organs, which Ω could cut out."""
-        return self.config.synthetic.enabled and any(exemplar.plane is None for exemplar in self.exemplars)
+        """Whether the synthetic stream is on and an exemplar shows whole organs (and all of them), which Ω could cut out."""
+        if not self.config.synthetic.enabled:
+            return False
+        fits = [True] * len(self.exemplars)
+        if self.config.synthesis.complete_only:
+            fits = shows_every_class([np.unique(exemplar.label[exemplar.label > 0]).tolist() for exemplar in self.exemplars])
+        return any(fit and exemplar.plane is None for fit, exemplar in zip(fits, self.exemplars))
 
     @property
     def _needs_unlabelled(self) -> bool:
@@ -317,7 +355,9 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         named = [ExemplarSpec(e.case) if e.case in self._named_as_a_whole else e.spec for e in self.exemplars]
         exemplars = [dataclasses.asdict(spec) for spec in dict.fromkeys(named)]
         self.my_init_kwargs[RECORD] = {"config": self.config.to_dict(), "exemplars": exemplars}
-        save_json({**self.my_init_kwargs[RECORD], "unlabelled": list(unlabelled)}, os.path.join(self.output_folder, "cmems_config.json"))
+        if self.local_rank == 0:
+            record = {**self.my_init_kwargs[RECORD], "unlabelled": list(unlabelled)}
+            save_json(record, os.path.join(self.output_folder, "cmems_config.json"))
         how = "chosen automatically" if isinstance(self.config.exemplar, str) else "as configured"
         if takes_all_annotations(self.config.exemplar, self.preprocessed_dataset_folder):
             how = "all that is annotated"
@@ -354,11 +394,12 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if processes == 0:
             return SingleThreadedAugmenter(loader, None)
         processes = max(1, processes // share)
-        first = (self.config.seed or 0) + 10_000 * self.current_epoch + 1000 * share
-        seeds = None if self.config.seed is None else [first + i for i in range(processes)]
-        return NonDetMultiThreadedAugmenter(
-            loader, None, processes, max(3, processes // 2), seeds, pin_memory=self.device.type == "cuda", wait_time=0.002
-        )
+        seeds = None
+        if self.config.seed is not None:  # no two of them equal, nor equal to those of another GPU's loader
+            seeds = resume.seeds(self.config.seed, self.current_epoch, share, processes * (self.local_rank + 1))[-processes:]
+        pinned = self.device.type == "cuda"
+        loader = resume.EndsWithTraining(loader)
+        return NonDetMultiThreadedAugmenter(loader, None, processes, max(3, processes // 2), seeds, pin_memory=pinned, wait_time=0.002)
 
     # ------------------------------------------------------------------ training
 
@@ -366,71 +407,87 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         config = self.config
         if config.synthetic.enabled and not self._synthesises:
             config = dataclasses.replace(config, synthetic=TermConfig(enabled=False))
-            self.print_to_log_file("Only slices of volumes are annotated, which no organ can be cut out of: no synthetic images.")
+            why = "no annotated slice shows every class, so that they would lack organs ('complete_only' of 'synthesis')"
+            if all(exemplar.plane is not None for exemplar in self.exemplars):
+                why = "only slices of volumes are annotated, which no organ can be cut out of"
+            self.print_to_log_file(f"No synthetic images: {why}.")
             if not config.supervised.enabled:
                 raise CMEMSError(
-                    f"'supervised' is switched off ({self._config_source}) and the synthetic stream needs a wholly annotated volume; "
-                    "switch it on, or annotate a volume."
+                    f"'supervised' is switched off ({self._config_source}) and there can be no synthetic images: {why}; switch it on."
                 )
         images, labels = _sources(self.exemplars)
         patch, spacing = self.configuration_manager.patch_size, self.configuration_manager.spacing
-        bank = ExemplarBank(images, labels, patch, self.device, reach(config.synthesis, patch), spacing)
+        complete_only = config.synthesis.complete_only
+        bank = ExemplarBank(images, labels, patch, self.device, reach(config.synthesis, patch), spacing, complete_only)
         counts = self.label_space.counts(bank.labels).to(self.device)
 
         def weights(progress: float) -> Tensor:
             return weights_from(counts, config.class_weighting_at(progress))
 
         pseudo_weights = self.label_space.weights(bank.labels, self.config.pseudo_class_weighting)
-        batches = batch_sizes(config, self.batch_size)
+        batches = batch_sizes(config, self.configuration_manager.batch_size)
+        part = distributed.share(batches, self.local_rank, distributed.count_processes())
         self._objective = Objective(
-            config, bank, batches, self.label_space, weights, pseudo_weights.to(self.device), self._autocast
+            config, bank, part, self.label_space, weights, pseudo_weights.to(self.device), self._autocast
         )
         first, last = (np.round(weights(progress).tolist(), 2).tolist() for progress in (0.0, 1.0))
         self.print_to_log_file(
             f"Images a step: {batches.exemplar} exemplar and {batches.synthetic} synthetic views per member, {batches.unlabelled} "
-            f"unlabelled images; class weights {first} at the start, {last} at the end"
+            f"unlabelled images{distributed.shared_out(batches, part)}; class weights {first} at the start, {last} at the end"
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cuda") if self.device.type == "cuda" else dummy_context()
 
     def on_train_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
         super().on_train_start()
         state = random.getstate()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             unlabelled, offsets = self._unlabelled(next(self.dataloader_train))
             path = os.path.join(self.output_folder, "exemplar.png")
-            draw_snapshot(path, self._objective, self.exemplars, unlabelled, offsets, self._class_names())
+            rehearse(self.network, self._objective, unlabelled, offsets)
+            drawn = self._objective, self.exemplars, unlabelled, offsets, self._class_names()
+            self._side_files.write(path, lambda path: draw_snapshot(path, *drawn))
         random.setstate(state)
 
     def _class_names(self) -> dict[int, str]:
         """The name of each value that a label map may have, for pictures."""
         return dict(LabelValues.of(self.dataset_json).names)
 
+    @one_sentence(while_training)
+    def run_training(self) -> None:
+        draw = self.logger.plot_progress_png
+        self.logger.plot_progress_png = lambda folder: self._side_files.write(os.path.join(folder, "progress.png"), lambda _: draw(folder))
+        with workers_stopped(self):
+            super().run_training()
+
     def train_step(self, batch: dict) -> dict:
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(self.lr_scheduler, WarmedUpPoly):
             self.lr_scheduler.set(self._progress(), self.num_epochs * self.num_iterations_per_epoch)
         unlabelled, offsets = self._unlabelled(batch)
-        step = self._objective(self.network, unlabelled, self._progress(), offsets)
+        labels = (batch["label"].to(self.device, non_blocking=True),) if "label" in batch else ()
+        step = self._objective(self.network, unlabelled, self._progress(), offsets, *labels)
         scaler = self.grad_scaler
         (step.total if scaler is None else scaler.scale(step.total)).backward()
-        values = _to_host({"loss": step.total.detach(), **{f"loss/{name}": term for name, term in step.terms.items()}, **step.statistics})
-        self._stop_at_nan(values)
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         norms = [torch.nn.utils.clip_grad_norm_(member.parameters(), 12) for member in self.mutual_networks.members]  # nnU-Net's value
-        if scaler is None:  # a scaler skips the step by itself where a gradient overflows
-            self._stop_at_nan({f"loss/gradient of member {i}": float(norm) for i, norm in enumerate(norms)})
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
+        losses = {"loss": step.total.detach(), **{f"loss/{name}": term for name, term in step.terms.items()}}
+        values = _to_host({**losses, **step.statistics, "norms": torch.stack(norms)})
+        broken = broken_terms(values, values.pop("norms"), scaler, self.device)
+        self._stop_at_nan(broken)
+        if not broken:
+            self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+        if scaler is not None:
             scaler.update()
-        if self.config.ema_decay:
+        if self.config.ema_decay and not broken:
             done = self.current_epoch * self.num_iterations_per_epoch + self._step_in_epoch
             self.mutual_networks.update_teachers(min(1 - 1 / (done + 1), self.config.ema_decay))  # a true mean at first
         self._step_in_epoch += 1
-        return values
+        return {} if broken else values
 
     def validation_step(self, batch: dict) -> dict:
         _raise_error(batch)
@@ -445,22 +502,26 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
     def _progress(self) -> float:
         return (self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
 
-    def _stop_at_nan(self, values: dict[str, Any]) -> None:
-        broken = [name for name in values if name.startswith("loss/") and not np.isfinite(values[name])]
-        if broken or not np.isfinite(values.get("loss", 0.0)):
-            raise CMEMSError(
-                f"the loss is not a finite number any more (term {', '.join(name[5:] for name in broken) or 'total'}, "
-                f"epoch {self.current_epoch}, step {self._step_in_epoch}); the last checkpoint in {self.output_folder} is untouched: "
-                "lower 'initial_lr' in cmems.json and start again."
-            )
+    def _stop_at_nan(self, broken: Sequence[str]) -> None:
+        """Count a step, which is skipped where anything is ``broken``; stop where that happens too often, or cannot help."""
+        why = self._skipped.count(broken, self.num_iterations_per_epoch)
+        if self._skipped.in_a_row == 1:  # skipping steps mends no weights
+            why = broken_weights(self.mutual_networks) or why
+        if why:
+            raise not_finite(self, f"term {', '.join(broken)}", why)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self._step_in_epoch = 0
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
-        self.history.add_epoch(train_outputs, self.current_epoch, self.label_space.names)
+        skipped = self._skipped.in_epoch
+        if skipped:
+            self.print_to_log_file(self._skipped.end_epoch(len(train_outputs)))
+            self.history.add({"steps/skipped": skipped}, self.current_epoch)
+        losses = [{"loss": output["loss"]} for output in train_outputs if output]  # a skipped step returns nothing
+        super().on_train_epoch_end(losses or [{"loss": float("nan")}])
+        self.history.add_epoch(distributed.gathered(train_outputs), self.current_epoch, self.label_space.names)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         if val_outputs:
@@ -483,18 +544,23 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
                 epochs = json.load(file)["epochs"][: self.current_epoch]
         epochs += [None] * (self.current_epoch - len(epochs))
         every, foreground = (reliability.to_json() for reliability in labels.reliability)
-        write_json(path, {"edges": CONFIDENCES, "epochs": [*epochs, {**every, "foreground": foreground}]})
+        content = {"edges": CONFIDENCES, "epochs": [*epochs, {**every, "foreground": foreground}]}
+        self._side_files.write(path, lambda path: write_json(path, content))
 
+    @one_sentence(while_validating)
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's, where the fold has validation cases; then ``unlabelled.png``, a look at scans without labels."""
         training, validation = self.do_split()
         if len(validation):
             super().perform_actual_validation(save_probabilities)
+            if self.local_rank == 0:
+                check_masks(os.path.join(self.output_folder, "validation"), validation, self.dataset_json["file_ending"])
         if self.local_rank == 0:
-            self._look_at_unlabelled(training, validation)
+            look = functools.partial(self._look_at_unlabelled, training, validation)
+            self._side_files.write(os.path.join(self.output_folder, "unlabelled.png"), look)
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
-    def _look_at_unlabelled(self, training: Sequence[str], validation: Sequence[str]) -> None:
+    def _look_at_unlabelled(self, training: Sequence[str], validation: Sequence[str], path: str) -> None:
         annotated = {spec["case"] for spec in self.my_init_kwargs[RECORD]["exemplars"]}
         cases = self._find_unlabelled(self.preprocessed_dataset(), training, annotated, validation)
         if not cases:
@@ -504,16 +570,18 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         on_device = self.device.type == "cuda"
         predictor = nnUNetPredictor(device=self.device, perform_everything_on_device=on_device, allow_tqdm=False)
         predictor.manual_initialization(
-            self.network, self.plans_manager, self.configuration_manager, None, self.dataset_json, type(self).__name__,
-            self.inference_allowed_mirroring_axes,
+            distributed.without_talk(self.network), self.plans_manager, self.configuration_manager, None, self.dataset_json,
+            type(self).__name__, self.inference_allowed_mirroring_axes,
         )  # fmt: skip
         chosen = {case: cases[case] for case in sample(list(cases))}
         looks = look_at(chosen, self.mutual_networks, predictor, _predict_with_one_network, self.label_space, self.label_manager)
-        path = os.path.join(self.output_folder, "unlabelled.png")
         draw_looks(path, looks, self._class_names())
         self.print_to_log_file(f"A look at {len(looks)} unlabelled scans: {path}")
 
     def on_epoch_end(self) -> None:
+        why = broken_weights(self.mutual_networks)
+        if why:  # of the epoch's last step; no checkpoint may get them
+            raise not_finite(self, "at the epoch's end", why)
         self.history.complete(self.current_epoch)
         self.history.print_epoch(self.print_to_log_file)
         super().on_epoch_end()
@@ -521,32 +589,25 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             self.current_epoch -= 1  # nnU-Net has counted on already; it does the same in on_train_end
             self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_best.pth"))
             self.current_epoch += 1
-        self.history.plot(os.path.join(self.output_folder, "cmems_progress.png"))
-        self.history.write(os.path.join(self.output_folder, "cmems_history.json"))
+        self._side_files.write(os.path.join(self.output_folder, "cmems_progress.png"), self.history.plot)
+        self._side_files.write(os.path.join(self.output_folder, "cmems_history.json"), self.history.write)
+        distributed.wait_for_all()  # the others may be about to read a checkpoint (--val_best)
 
     # ------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint, written beside the old one and then put in its place.
+        """nnU-Net's checkpoint and the states of all random numbers; written beside the old one and then put in its place.
+
+        It holds tensors and plain types only: ``torch.load(..., weights_only=True)`` reads it.
 
         Raises:
             CMEMSError: it cannot be written; the old one is untouched.
         """
-        if self.disable_checkpointing:
+        if self.disable_checkpointing or self.local_rank:  # the first process writes, the others have nothing to rename
             super().save_checkpoint(filename)
             return
-        temporary = f"{filename}.tmp"
-        try:
+        with resume.written_whole(filename) as temporary, resume.loadable(self, self._random_numbers):
             super().save_checkpoint(temporary)
-            if os.path.isfile(temporary):
-                os.replace(temporary, filename)
-        except (OSError, RuntimeError) as error:
-            if os.path.isfile(temporary):
-                os.remove(temporary)
-            raise CMEMSError(
-                f"{filename} cannot be written ({first_line(error)}); the last whole checkpoint is untouched: make room on the disk and "
-                "continue with --c."
-            ) from error
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """nnU-Net's, after a check that the checkpoint is of this trainer and, to continue, of this config.
@@ -558,7 +619,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         """
         path = str(filename_or_checkpoint)
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+            checkpoint = resume.read_checkpoint(path)
             trainer, weights, record = checkpoint["trainer_name"], checkpoint["network_weights"], checkpoint["init_args"].get(RECORD)
         except Exception as error:  # unpickling a damaged file raises nearly anything
             raise CMEMSError(f"{path} cannot be read as a checkpoint ({first_line(error)}); delete it and continue with --c.") from error
@@ -580,8 +641,22 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         elif not self.was_initialized:
             self._use(config)
         super().load_checkpoint(path)
-        if self.config.seed is not None:  # or the epochs to come would repeat the draws of the first ones
-            _seed_everything(self.config.seed + self.current_epoch)
+        self.my_init_kwargs.pop(resume.RANDOM, None)
+        if self._continues:
+            if resume.RANDOM in checkpoint["init_args"] and self.local_rank == 0:  # they are the first process's
+                self._random_numbers.load(checkpoint["init_args"][resume.RANDOM])
+            elif self.config.seed is not None:  # or the draws of the first epochs would be repeated
+                _seed_everything(resume.seeds(self.config.seed, self.current_epoch, 0, self.local_rank + 1)[-1])
+            if self.local_rank == 0:
+                resume.remove_leftovers(self.output_folder)
+                resume.write_missed_best(self, path)
+
+    def on_epoch_start(self) -> None:
+        super().on_epoch_start()
+        if self.current_epoch == 0 and self.local_rank == 0:
+            resume.remove_leftovers(self.output_folder)
+        if self._random_numbers.go_on():
+            self.print_to_log_file(resume.how_it_goes_on(self.device, get_allowed_n_proc_DA()))
 
 
 def label_space(labels: LabelManager) -> LabelSpace:
@@ -599,20 +674,15 @@ def label_space(labels: LabelManager) -> LabelSpace:
 
 def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> None:
     """Raise a :class:`CMEMSError` for what works in nnU-Net but not here yet."""
-    manager = PlansManager(plans)
-    wanted = manager.get_configuration(configuration)
-    try:
-        manager.get_label_manager(dataset_json)
-    except (AssertionError, RuntimeError) as error:
-        raise CMEMSError(f"nnU-Net cannot read the labels of dataset.json ({first_line(error)}); correct them.") from error
+    check_description(dataset_json, os.path.join(nnUNet_preprocessed.get() or "", plans["dataset_name"], "dataset.json"))
+    wanted = PlansManager(plans).get_configuration(configuration)
     if wanted.previous_stage_name is not None:
         raise CMEMSError(
             f"configuration '{configuration}' is a cascade's second stage, which nnUNetTrainerCMEMS cannot train; use 2d or 3d_fullres."
         )
-    if dist.is_available() and dist.is_initialized():
-        raise CMEMSError("nnUNetTrainerCMEMS cannot train on several GPUs yet; leave out -num_gpus.")
 
 
+@one_sentence(while_predicting)
 @torch.inference_mode()
 def _predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
     """Sliding-window logits, the members' mean taken as nnU-Net takes the mean of folds.
@@ -623,20 +693,21 @@ def _predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tens
     Shape:
         (C, *spatial) to (K, *spatial), half precision.
     """
-    network = predictor.network._orig_mod if isinstance(predictor.network, OptimizedModule) else predictor.network
+    predictor.network = distributed.without_talk(predictor.network)  # each GPU has cases, and a number of tiles, of its own
+    network = distributed.unwrapped(predictor.network)
     if not isinstance(network, MutualNetworks) or len(network.members) == 1:
         return _predict_with_one_network(predictor, input_image)
-    predictions = []
+    whole, total = predictor.network, None
     try:
-        for member in range(len(network.members)):
-            network.only = member
-            predictions.append(_predict_with_one_network(predictor, input_image).to("cpu"))
+        for index, member in enumerate(network.members):
+            network.only = index
+            predictor.network = member if whole is network else whole  # a compiled network chooses by "only"
+            logits = _predict_with_one_network(predictor, input_image).to("cpu")
+            total = logits if total is None else total.add_(logits)  # in place, as nnU-Net does: volumes are large
     finally:
-        network.only = None
-    total = predictions[0]
-    for prediction in predictions[1:]:
-        total = total + prediction
-    return total / len(predictions)
+        network.only, predictor.network = None, whole
+    assert total is not None
+    return total.div_(len(network.members))
 
 
 nnUNetPredictor.predict_sliding_window_return_logits = _predict_like_folds
@@ -686,14 +757,17 @@ def _seed_everything(seed: int) -> None:
 
 
 def _load_pretrained_into_every_member(network: nn.Module, fname: str, verbose: bool = False) -> None:
-    """nnU-Net's loading of pretrained weights; a plain network's weights go to every member."""
-    module = network._orig_mod if isinstance(network, OptimizedModule) else network
-    weights = torch.load(fname, map_location="cpu", weights_only=False)["network_weights"]
+    """nnU-Net's loading of pretrained weights; a plain network's weights go to every member of its architecture."""
+    module = distributed.unwrapped(network)
+    weights = resume.read_checkpoint(fname)["network_weights"]
     if not isinstance(module, MutualNetworks) or count_members(weights):
         _load_pretrained_into_one(network, fname, verbose)
         return
-    for member in module.members:
+    fitting = [member for member in module.members if set(weights) == set(member.state_dict())]
+    for member in fitting or module.members:  # where none fits, nnU-Net says why
         _load_pretrained_into_one(member, fname, verbose)
+    if 0 < len(fitting) < len(module.members):
+        print(f"{len(module.members) - len(fitting)} of the members have another architecture than {fname} and begin afresh.")
 
 
 def _to_host(values: dict[str, Tensor]) -> dict[str, Any]:

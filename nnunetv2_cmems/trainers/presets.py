@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nnunetv2_cmems.config import CMEMSConfig, FeatureConfig, TermConfig
+from nnunetv2_cmems.config import CMEMSConfig, FeatureConfig, SynthesisConfig, TermConfig
 from nnunetv2_cmems.trainers.cmems import nnUNetTrainerCMEMS
 
 _OFF = TermConfig(enabled=False)
@@ -21,7 +21,10 @@ class nnUNetTrainerCMEMS_paper(nnUNetTrainerCMEMS):
     What the paper leaves open (weights, ramps, strengths of perturbations) has our defaults.
     """
 
-    config = dataclasses.replace(_DEFAULT, optimizer="sgd", final_class_weighting=1.0)
+    config = dataclasses.replace(
+        _DEFAULT, architecture="plans", optimizer="sgd", final_class_weighting=1.0, competence=False,
+        synthesis=SynthesisConfig(complete_only=False),
+    )  # fmt: skip
 
 
 class nnUNetTrainerCMEMS_exemplarOnly(nnUNetTrainerCMEMS):
@@ -60,7 +63,7 @@ class nnUNetTrainerCMEMS_featureOnly(nnUNetTrainerCMEMS):
 # Public code that halves its supervised loss, (cross-entropy + Dice) / 2, has its other weights doubled here, where the
 # supervised loss is cross-entropy + Dice: the ratio of the terms is what counts.
 
-_PEER = dataclasses.replace(_DEFAULT, synthetic=_OFF, feature=_OFF)
+_PEER = dataclasses.replace(_DEFAULT, architecture="plans", synthetic=_OFF, feature=_OFF, competence=False)
 _SAME_VIEWS: dict[str, Any] = {"strong": _DEFAULT.weak, "cutmix": 0.0}  # no strong view: the pupil sees another weak one
 
 
