@@ -181,6 +181,28 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
+class ScanLabelsConfig:
+    """Labels of whole unlabelled scans, made by the members in the middle of a training; from then on the consistency terms compare with
+    these.
+
+    Attributes:
+        at: fractions of the training, 0 and 1 excluded, at which labels are made, each time anew; ``[]``: never. Nothing is made where
+            both consistency terms are switched off; ``consistency`` must be ``"pseudo_label"``.
+        appearance: weight of the grey values' log-likelihood beside what the members say. 0: their grey values do not count.
+        smoothing: sigma, in voxels, of the blur of what the members say; within slices for 2D configurations and thick slices. 0: none.
+        largest_piece: keep only the largest connected piece of the foreground where every exemplar's foreground is one piece, and so for
+            each class.
+        most_scans: so many scans get labels at most, evenly spread over the cases; the others are taught as before.
+    """
+
+    at: tuple[float, ...] = _between(0.0, 1.0, ())
+    appearance: float = _between(0.0, 1.0, 0.7)
+    smoothing: float = _between(0.0, 20.0, 2.0)
+    largest_piece: bool = True
+    most_scans: int = _between(2, 10**6, 200)
+
+
+@dataclass(frozen=True)
 class CMEMSConfig:
     """All hyper-parameters of one training.
 
@@ -239,6 +261,7 @@ class CMEMSConfig:
         unlabelled_views: deformation of the unlabelled crop, shared by all of its views.
         synthesis: the operation Ω.
         feature_perturbation: channel dropout of the feature granularity.
+        scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.
         log_hidden_accuracy: log the accuracy of the pseudo-labels where the hidden labels exist.
@@ -291,6 +314,7 @@ class CMEMSConfig:
     unlabelled_views: SpatialConfig = SpatialConfig(rotation=15.0, scale=(0.85, 1.2), shift=0.05, elastic=0.0)
     synthesis: SynthesisConfig = SynthesisConfig()
     feature_perturbation: FeatureConfig = FeatureConfig()
+    scan_labels: ScanLabelsConfig = ScanLabelsConfig()
     best_checkpoint: Literal["agreement", "validation_dice"] = "agreement"
     log_hidden_accuracy: bool = True
     checkpoint_every: int = _between(1, 10**6, 10)

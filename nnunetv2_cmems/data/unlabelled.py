@@ -18,6 +18,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_cmems.data.exemplar import PreprocessedDataset, read_properties
+from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
 from nnunetv2_cmems.errors import CMEMSError, first_line
 
 CACHE_VARIABLE = "nnUNet_cmems_cache_gb"
@@ -111,33 +112,44 @@ class UnlabelledLoader(DataLoader):
         batch_size: crops a batch.
         crop: ((z,) y, x) size of the crops, larger than ``patch`` to leave room for the deformation.
         patch: ((z,) y, x) final patch size.
+        labels: labels of whole scans, of which a crop is read with each image's; None: the batches have none.
 
     Yields:
         ``{"data": float32 (U, C, *crop), "offset": float32 (U, d)}``, the offset of the crop's centre from the
         image's middle in voxels, or ``{"error": sentence}`` where a file cannot be read: a
-        worker process cannot raise in the main one.
+        worker process cannot raise in the main one. With ``labels`` also ``"label"``: int8 (U, *crop), or (U, R, *crop) for
+        regions, -1 where nothing is known.
     """
 
-    def __init__(self, cases: Mapping[str, PreprocessedDataset], batch_size: int, crop: Sequence[int], patch: Sequence[int]) -> None:
+    def __init__(
+        self,
+        cases: Mapping[str, PreprocessedDataset],
+        batch_size: int,
+        crop: Sequence[int],
+        patch: Sequence[int],
+        labels: ScanLabelFiles | None = None,
+    ) -> None:
         super().__init__(list(cases), batch_size, 1, None, True, False, True)
         self.indices = list(cases)
         self.cases = dict(cases)
         self.crop = tuple(int(n) for n in crop)
         self.patch = tuple(int(n) for n in patch)
+        self.labels = labels
         self._room = cache_size() // max(1, get_allowed_n_proc_DA())  # each worker process keeps its own
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._kept: dict[tuple[str, int | None], np.ndarray] = {}
 
     def generate_train_batch(self) -> dict[str, Any]:
         try:
-            crops, offsets = zip(*[self._crop(case) for case in self.get_indices()])
-            return {"data": torch.from_numpy(np.stack(crops)), "offset": torch.tensor(offsets, dtype=torch.float32)}
+            crops, offsets, labels = zip(*[self._crop(case) for case in self.get_indices()])
+            batch = {"data": torch.from_numpy(np.stack(crops)), "offset": torch.tensor(offsets, dtype=torch.float32)}
+            return batch if self.labels is None else {**batch, "label": torch.from_numpy(np.stack(labels))}
         except CMEMSError as error:
             return {"error": str(error)}
         except MemoryError as error:
             return {"error": no_memory(error)}
 
-    def _crop(self, case: str) -> tuple[np.ndarray, list[float]]:
+    def _crop(self, case: str) -> tuple[np.ndarray, list[float], np.ndarray | None]:
         dataset = self.cases[case]
         shape = self._shape(case)
         flat = len(self.patch) == 2
@@ -159,7 +171,8 @@ class UnlabelledLoader(DataLoader):
         if not np.isfinite(crop).all():
             path = image_path(case, dataset)
             raise CMEMSError(f"{path} has NaN or infinite values; repair the scan and run {_command(dataset)} again.")
-        return crop, offset
+        label = None if self.labels is None else self.labels.crop(case, box)
+        return crop, offset, label.squeeze(-3) if flat and label is not None else label
 
     def _shape(self, case: str) -> tuple[int, ...]:
         if case not in self._shapes:

@@ -15,7 +15,7 @@ from nnunetv2_cmems.method.feature_perturbation import ChannelDropout
 from nnunetv2_cmems.method.label_space import LabelSpace, PseudoLabel
 from nnunetv2_cmems.method.losses import mean_squared_error, over_heads, over_processes, segmentation_loss
 from nnunetv2_cmems.method.networks import MemberOutput
-from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix
+from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix, sample, sampling_grid
 from nnunetv2_cmems.method.synthesis import SyntheticBatch, choose_backgrounds, synthesise
 
 
@@ -133,7 +133,12 @@ class Objective:
         self.dropout = ChannelDropout(config.feature_perturbation)
 
     def __call__(
-        self, network: Callable[..., list[MemberOutput]], unlabelled: Tensor | None, progress: float, offsets: Tensor | None = None
+        self,
+        network: Callable[..., list[MemberOutput]],
+        unlabelled: Tensor | None,
+        progress: float,
+        offsets: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Step:
         """One step's losses.
 
@@ -143,10 +148,16 @@ class Objective:
                 no stream needs them.
             progress: share of the training that is done, in [0, 1].
             offsets: (U, d) where the crops' centres lie in their images, in voxels from the middle.
+            labels: (U, *larger) classes, or (U, R, *larger) regions, that the unlabelled crops have from elsewhere; they take the
+                place of the pseudo-labels, but for -1. None: there are none.
         """
         config, members = self.config, range(self.config.num_members)
         with torch.no_grad():
-            crops = None if unlabelled is None else self.unlabelled_crops(unlabelled)
+            crops = given = None
+            if unlabelled is not None and labels is None:
+                crops = self.unlabelled_crops(unlabelled)
+            elif unlabelled is not None and labels is not None:
+                crops, given = self.labelled_crops(unlabelled, labels)
             supervised = [self.supervised_batch(crops, offsets) for _ in members]
             u_w = u_s = None
             if config.uses_unlabelled and crops is not None:
@@ -173,6 +184,8 @@ class Objective:
             statistics = unlabelled_statistics(decided, self.space)
             for i, output in enumerate(outputs):
                 taught = self._taught(probabilities, decided, i)
+                if given is not None:
+                    taught = known_first(given, taught)
                 if output.strong is not None:
                     each_view = zip(*(scale.chunk(config.num_strong) for scale in output.strong))
                     losses = [
@@ -193,6 +206,14 @@ class Objective:
     def unlabelled_crops(self, unlabelled: Tensor) -> Tensor:
         """The crop that all views of an unlabelled image share: (U, C, *larger) to (U, C, *patch)."""
         return deform(unlabelled, self.bank.draw_deformation(len(unlabelled), self.config.unlabelled_views))
+
+    def labelled_crops(self, unlabelled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`unlabelled_crops` and the same parts of labels in head space, -1 where there are none."""
+        move = self.bank.draw_deformation(len(unlabelled), self.config.unlabelled_views)
+        grid = sampling_grid(unlabelled.shape[2:], move)
+        found = labels if labels.ndim == unlabelled.ndim else labels[:, None]  # the heads, as channels
+        moved = sample(found.float() + 1, grid, nearest=True).long() - 1  # beyond the crop nothing is known
+        return sample(unlabelled, grid), moved if found is labels else moved[:, 0]
 
     def supervised_batch(self, crops: Tensor | None, offsets: Tensor | None = None) -> Supervised:
         """Exemplar views and synthetic pairs for one member; ``crops`` serve Ω as backgrounds."""
@@ -264,6 +285,12 @@ class Objective:
             dice_over=config.pseudo_dice,
             over_all_pixels=True,
         )
+
+
+def known_first(labels: Tensor, taught: PseudoLabel) -> PseudoLabel:
+    """``taught``, but for places where ``labels`` (in head space) are not negative: these count there, with full confidence."""
+    known = labels >= 0
+    return PseudoLabel(torch.where(known, labels.to(taught.labels.dtype), taught.labels), known | taught.confident)
 
 
 def teacher(probabilities: Sequence[Tensor], member: int) -> Tensor:

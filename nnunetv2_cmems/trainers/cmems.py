@@ -48,7 +48,7 @@ from nnunetv2_cmems.method.objective import Objective, batch_sizes
 from nnunetv2_cmems.method.perturbations import rotation_planes
 from nnunetv2_cmems.method.planes import AnnotatedPlane
 from nnunetv2_cmems.method.synthesis import reach
-from nnunetv2_cmems.trainers import distributed, resume
+from nnunetv2_cmems.trainers import distributed, resume, scan_labels
 from nnunetv2_cmems.trainers.architectures import counterpart
 from nnunetv2_cmems.trainers.compilation import rehearse
 from nnunetv2_cmems.trainers.faults import (
@@ -110,6 +110,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         self._named_as_a_whole: set[str] = set()
         self._random_numbers = resume.RandomNumbers()
         self._skipped = SkippedSteps()
+        self._scan_labels: scan_labels.ScanLabels | None = None
         self._side_files = distributed.NoSideFiles() if self.local_rank else SideFiles(self.print_to_log_file)
 
     def _use(self, config: CMEMSConfig) -> None:
@@ -261,7 +262,9 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         train: Iterator
         if self._needs_unlabelled:
             size = self._objective.batches.unlabelled or 2  # where only the synthetic stream needs them
-            train = self._with_workers(UnlabelledLoader(unlabelled, size, crop, self.configuration_manager.patch_size), 1)
+            self._scan_labels = scan_labels.begin(self, unlabelled)
+            files = self._scan_labels.files if self._scan_labels else None
+            train = self._with_workers(UnlabelledLoader(unlabelled, size, crop, self.configuration_manager.patch_size, files), 1)
         else:
             train = _nothing()
         if not len(validation):
@@ -513,6 +516,13 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self._step_in_epoch = 0
+        if self._scan_labels is not None:
+            self._scan_labels.before_epoch(self)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._scan_labels is not None:
+            scan_labels.remove(self)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         skipped = self._skipped.in_epoch

@@ -22,7 +22,8 @@ class History:
     ``coverage_foreground/member_<i>`` (the same among pixels predicted as foreground), both by the member's own
     confidence,
     ``agreement/<class or region>`` and ``agreement/mean`` (Dice between the members on unlabelled images),
-    ``pseudo_label_*`` (against hidden labels; logged only). What an epoch lacks is NaN.
+    ``pseudo_label_*`` (against hidden labels; logged only), ``scan_label_dice/*`` (likewise, in epochs that begin with labels
+    of whole scans). What an epoch lacks is NaN.
     """
 
     def __init__(self, logger: MetaLogger) -> None:

@@ -1,0 +1,142 @@
+"""Labels of a whole scan from what the networks say about it and from the scan's own grey values.
+
+A scan's organs differ from their surroundings in this very scan, whatever its scanner did to the grey values. The refinement is EM
+segmentation with a spatial prior, as of Van Leemput et al. (IEEE TMI 18, 1999) and Ashburner & Friston (NeuroImage 26, 2005). The
+simplification is ours: the prior is the networks' blurred prediction of the scan itself, grey values have histograms instead of
+Gaussians, their likelihood has a weight below 1, and there are no bias field and no registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from acvl_utils.morphology.morphology_helper import label_with_component_sizes, remove_all_but_largest_component
+from torch import Tensor
+
+from nnunetv2_cmems.config import ScanLabelsConfig
+from nnunetv2_cmems.method.label_space import LabelSpace, Regions
+from nnunetv2_cmems.method.perturbations import blur
+
+ITERATIONS = 3
+"""Of histograms from probabilities, and probabilities from histograms."""
+
+BINS = 24
+NEAR = 0.02
+"""Prior probability of any foreground above which a voxel takes part. Elsewhere the prior stays: there is no island far from organs."""
+
+_SMOOTHING = 1.0  # sigma of the histograms' blur, in bins
+_FLOOR = 1e-2  # voxels that each bin has at least
+_LEAST_PRIOR = 1e-6
+_MOST_FOR_QUANTILE = 10**6
+
+
+@torch.no_grad()
+def refine(probabilities: Tensor, image: Tensor, config: ScanLabelsConfig, space: LabelSpace, planar: bool) -> Tensor:
+    """Probabilities that also follow the grey values of this scan. No random numbers are drawn.
+
+    Regions may overlap, so each is refined on its own, as inside against outside.
+
+    Args:
+        probabilities: (K, Z, Y, X) of the classes, or (R, Z, Y, X) of the regions.
+        image: (C, Z, Y, X), the preprocessed scan.
+        config: ``appearance`` and ``smoothing``.
+        space: what the heads mean.
+        planar: blur within slices only.
+
+    Returns:
+        A tensor of the shape of ``probabilities``; with ``appearance`` and ``smoothing`` 0 equal to them.
+    """
+    if isinstance(space, Regions):
+        return torch.stack([_refined(torch.stack([1 - inside, inside]), image, config, planar)[1] for inside in probabilities])
+    return _refined(probabilities, image, config, planar)
+
+
+def _refined(probabilities: Tensor, image: Tensor, config: ScanLabelsConfig, planar: bool) -> Tensor:
+    """:func:`refine` for heads that exclude each other, the background first."""
+    prior = _blurred(probabilities, config.smoothing, planar)
+    near = prior[1:].sum(0) > NEAR
+    if config.appearance == 0 or not near.any():
+        return prior
+    bins = torch.stack([_binned(channel[near]) for channel in image])
+    log_prior = prior[:, near].clamp_min(_LEAST_PRIOR).log()
+    found = probabilities[:, near]
+    for _ in range(ITERATIONS):
+        likelihood = torch.stack([_log_histograms(found, channel)[:, channel] for channel in bins]).sum(0)
+        found = (log_prior + config.appearance * likelihood).softmax(0)
+    prior[:, near] = found
+    return prior
+
+
+def _blurred(probabilities: Tensor, sigma: float, planar: bool) -> Tensor:
+    """A copy, blurred head by head: a large scan's heads together would need several times the memory."""
+    if sigma == 0:
+        return probabilities.clone()
+    batched = probabilities[:, :, None] if planar else probabilities[:, None, None]  # slices or volumes of one channel
+    width = torch.tensor(sigma, device=probabilities.device)
+    return torch.stack([blur(head, width, sigma).reshape(probabilities.shape[1:]) for head in batched])
+
+
+def _binned(values: Tensor) -> Tensor:
+    """The bin of each of (N,) grey values; the first and the last bin also hold what lies beyond the quantiles 1 % and 99 %."""
+    some = values[:: -(-len(values) // _MOST_FOR_QUANTILE)]  # torch's quantile takes no more than 16 million
+    low, high = torch.quantile(some, torch.tensor([0.01, 0.99], device=values.device))
+    return ((values - low) / (high - low).clamp_min(1e-3) * (BINS - 1)).round().clamp(0, BINS - 1).long()
+
+
+def _log_histograms(probabilities: Tensor, bins: Tensor) -> Tensor:
+    """(K, BINS): logarithm of how often a voxel of each class has each grey value, from (K, N) probabilities and (N,) bins."""
+    places = torch.arange(BINS, device=bins.device)
+    kernel = torch.exp(-0.5 * ((places[:, None] - places[None]) / _SMOOTHING) ** 2)
+    counts = torch.stack([torch.bincount(bins, weights.double(), BINS) for weights in probabilities]).to(kernel.dtype)
+    smooth = counts @ (kernel / kernel.sum(0)).T + _FLOOR
+    return (smooth / smooth.sum(1, keepdim=True)).log()
+
+
+# ------------------------------------------------------------------ pieces
+
+
+def in_one_piece(labels: Sequence[np.ndarray], space: LabelSpace) -> tuple[bool, ...]:
+    """What the exemplars show in one connected piece: the foreground as a whole, then each class or region.
+
+    True where every exemplar that shows it at all does so, and there is one; exemplars are slices or volumes, each looked at alone.
+
+    Args:
+        labels: the exemplars' label maps, of any shape.
+        space: what the networks' heads mean.
+    """
+    shown = [[_pieces(mask) for mask in _masks(space.target(torch.from_numpy(np.asarray(label)[None])), space)] for label in labels]
+    return tuple(max(counts) == 1 for counts in zip(*shown))
+
+
+def largest_pieces(labels: Tensor, single: Sequence[bool], space: LabelSpace) -> Tensor:
+    """Labels without what is apart from the largest connected piece; what is removed becomes background.
+
+    Args:
+        labels: (Z, Y, X) classes, or (R, Z, Y, X) regions; integers.
+        single: from :func:`in_one_piece`: first the foreground is cut down, then each class or region that has one piece.
+        space: what the heads mean.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    labels = labels.clone()
+    for index, is_single in enumerate(single):
+        if is_single:
+            mask = next(mask for i, mask in enumerate(_masks(labels[None], space)) if i == index)[0]
+            apart = torch.from_numpy(mask & ~remove_all_but_largest_component(mask))
+            where = labels if index == 0 or not isinstance(space, Regions) else labels[index - 1]
+            where.masked_fill_(apart, 0)
+    return labels
+
+
+def _masks(labels: Tensor, space: LabelSpace) -> Iterator[np.ndarray]:
+    """The foreground, then each class or region, of labels in head space."""
+    yield torch.stack(list(space.masks(labels))).any(0).numpy()
+    yield from (mask.numpy() for mask in space.masks(labels))
+
+
+def _pieces(mask: np.ndarray) -> int:
+    """The number of connected pieces of a mask (1, *spatial); diagonal neighbours are connected."""
+    return len(label_with_component_sizes(mask[0])[1])

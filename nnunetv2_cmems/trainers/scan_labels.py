@@ -1,0 +1,187 @@
+"""Labels of whole unlabelled scans, made by the members in the middle of a training.
+
+A round is: predict each scan, refine the prediction by the scan's own grey values, keep the largest pieces, write the labels down. From
+the next batch on the loader hands them out. No random numbers are drawn, and what was made for later epochs than those that a
+checkpoint has behind it is made again, so that a training that goes on ends as one without a break.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from tqdm import tqdm
+
+from nnunetv2_cmems.config import ScanLabelsConfig
+from nnunetv2_cmems.data.exemplar import PreprocessedDataset
+from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
+from nnunetv2_cmems.data.unlabelled import read_image
+from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.method.label_space import LabelSpace, Regions
+from nnunetv2_cmems.method.objective import overlap
+from nnunetv2_cmems.method.perturbations import rotation_planes
+from nnunetv2_cmems.method.refinement import in_one_piece, largest_pieces, refine
+from nnunetv2_cmems.trainers import distributed, resume
+from nnunetv2_cmems.trainers.first_look import sample
+
+FOLDER = "scan_labels"
+"""In the fold's folder."""
+
+
+class ScanLabels:
+    """The rounds of one training.
+
+    Args:
+        trainer: a trainer of ours that has found its exemplars.
+        cases: the unlabelled cases, and the preprocessed folder of each.
+    """
+
+    def __init__(self, trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> None:
+        self._config: ScanLabelsConfig = trainer.config.scan_labels
+        self._space: LabelSpace = trainer.label_space
+        self._cases = {case: cases[case] for case in sample(list(cases), self._config.most_scans)}
+        self._single = in_one_piece([exemplar.label for exemplar in trainer.exemplars], self._space)
+        self._planar = len(rotation_planes(trainer.configuration_manager.spacing)) == 1
+        regions = len(self._space.names) if isinstance(self._space, Regions) else 0
+        self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
+        self.begins = starts(self._config, trainer.num_epochs)
+
+    def before_epoch(self, trainer: Any) -> None:
+        """Make a round where one begins with this epoch, or where the one that counts now is lost.
+
+        Raises:
+            CMEMSError: a scan cannot be read, or its labels cannot be written.
+        """
+        epoch = trainer.current_epoch
+        begun = [begin for begin in self.begins if begin <= epoch]
+        there = self.files.rounds()
+        distributed.wait_for_all()  # every process has looked
+        if begun and (begun[-1] == epoch or begun[-1] not in there):
+            self._make(trainer, begun[-1])
+        elif len(there) > 1 and not trainer.local_rank:
+            # a training that is killed goes on from a checkpoint that may be older than a round, and then needs the one before
+            if resume.epochs_done(os.path.join(trainer.output_folder, "checkpoint_latest.pth")) >= there[-1]:
+                self.files.keep(there[-1:])
+
+    def _make(self, trainer: Any, begin: int) -> None:
+        start = time.monotonic()
+        target = self.files.round_folder(begin)
+        temporary = f"{target}.tmp"
+        if not trainer.local_rank:
+            shutil.rmtree(temporary, ignore_errors=True)
+        distributed.wait_for_all()
+        mine = list(self._cases)[trainer.local_rank :: distributed.count_processes()]
+        scores: list[np.ndarray] = []
+        with _predicting(trainer) as predictor:
+            for case in tqdm(mine, desc="Labelling whole unlabelled scans", disable=trainer.local_rank > 0):
+                labels = self._labels_of(case, predictor)
+                _save(temporary, case, labels)
+                if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
+                    scores += _hidden_dice(case, self._cases[case], labels, self._space)
+        scores = distributed.gathered(scores)  # and with that every process has written its part
+        if not trainer.local_rank:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+        distributed.wait_for_all()
+        if scores:
+            means = [column[~np.isnan(column)].sum() / max(1, (~np.isnan(column)).sum()) for column in np.stack(scores, 1)]
+            names = [f"scan_label_dice/{name}" for name in (*self._space.names, "mean")]
+            trainer.history.add(dict(zip(names, [*means, np.mean(means)])), trainer.current_epoch)
+        trainer.print_to_log_file(f"Labelled {len(self._cases)} whole unlabelled scans in {time.monotonic() - start:.0f} s")
+
+    @torch.inference_mode()
+    def _labels_of(self, case: str, predictor: nnUNetPredictor) -> np.ndarray:
+        """int8 in head space, (Z, Y, X) or (R, Z, Y, X)."""
+        image = torch.from_numpy(read_image(case, self._cases[case]))
+        logits = predictor.predict_sliding_window_return_logits(image).cpu()  # the members' mean
+        probabilities = refine(self._space.probabilities(logits[None])[0], image, self._config, self._space, self._planar)
+        labels = self._space.decide(probabilities[None], 0.0).labels[0].to(torch.int8)
+        if self._config.largest_piece:
+            labels = largest_pieces(labels, self._single, self._space)
+        return labels.numpy()
+
+
+def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels | None:
+    """What makes the rounds of a training that begins or goes on; None where it has none. What is of no use any more is removed.
+
+    To be called before the loader is made, arguments as for :class:`ScanLabels`.
+
+    Raises:
+        CMEMSError: the consistency terms cannot be compared with labels.
+    """
+    config = trainer.config
+    if config.scan_labels.at and config.uses_unlabelled and config.consistency != "pseudo_label":
+        raise CMEMSError(
+            f"labels of whole scans ('scan_labels.at') need 'consistency' to be \"pseudo_label\", but it is \"{config.consistency}\" "
+            f"({trainer._config_source}); change it, or set 'scan_labels.at' to []."
+        )
+    made = ScanLabels(trainer, cases) if config.scan_labels.at and config.uses_unlabelled and cases else None
+    if not trainer.local_rank:
+        if made is None or trainer.current_epoch == 0:
+            remove(trainer)
+        else:
+            made.files.keep([epoch for epoch in made.begins if epoch < trainer.current_epoch])
+    distributed.wait_for_all()
+    return made
+
+
+def remove(trainer: Any) -> None:
+    """Remove all rounds, which are no result of a training."""
+    if not trainer.local_rank:
+        shutil.rmtree(os.path.join(trainer.output_folder, FOLDER), ignore_errors=True)
+
+
+def starts(config: ScanLabelsConfig, num_epochs: int) -> list[int]:
+    """The epochs that begin with a round: the first ones whose index reaches a fraction of all."""
+    epochs = {math.ceil(fraction * num_epochs - 1e-6) for fraction in config.at}
+    return sorted(epoch for epoch in epochs if 0 < epoch < num_epochs)
+
+
+@contextlib.contextmanager
+def _predicting(trainer: Any) -> Iterator[nnUNetPredictor]:
+    """nnU-Net's sliding window without mirroring; afterwards the networks can be trained on."""
+    on_device = trainer.device.type == "cuda"
+    predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, perform_everything_on_device=on_device, allow_tqdm=False)
+    predictor.manual_initialization(
+        distributed.without_talk(trainer.network), trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
+        type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
+    )  # fmt: skip
+    trainer.set_deep_supervision_enabled(False)
+    try:
+        yield predictor
+    finally:
+        trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+        trainer.network.train()
+
+
+def _save(folder: str, case: str, labels: np.ndarray) -> None:
+    path = os.path.join(folder, f"{case}.npy")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        np.save(path, labels)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # room for what else is to be written
+        raise CMEMSError(
+            f"{path} cannot be written ({error.strerror or error}); the last whole checkpoint is untouched: make room on the disk, a byte "
+            "for each voxel of each scan, and continue with --c."
+        ) from error
+
+
+def _hidden_dice(case: str, dataset: PreprocessedDataset, labels: np.ndarray, space: LabelSpace) -> list[np.ndarray]:
+    """One (F,): Dice with the hidden label for each class or region, NaN where neither shows it; none where there is no label."""
+    try:
+        hidden = np.asarray(dataset.dataset_class(dataset.folder, [case]).load_case(case)[1][:])[0]
+    except Exception:  # labels are a luxury here: whatever is wrong with them, the training goes on
+        return []
+    known = torch.from_numpy((hidden >= 0) & (hidden != (-1 if space.ignore is None else space.ignore)))
+    truth = space.target(torch.from_numpy(hidden.astype(np.int64))[None])
+    shared, sizes = overlap(torch.from_numpy(labels)[None].long() * known, truth * known, space)
+    return [(shared / sizes).numpy()]

@@ -1,0 +1,188 @@
+"""Probabilities that follow a scan's own grey values, and labels in as many pieces as the exemplars show."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nnunetv2_cmems.config import ScanLabelsConfig
+from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
+from nnunetv2_cmems.method.refinement import _binned, in_one_piece, largest_pieces, refine
+
+CLASSES = Classes(("organ", "wall"))
+REGIONS = Regions(("both", "organ"), None, ((1, 2), (1,)))
+CONFIG = ScanLabelsConfig()
+SHAPE = (6, 40, 40)
+PLANAR = pytest.mark.parametrize("planar", [True, False], ids=["planar", "in space"])
+
+
+def ball(radius: float, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    """A rod through all slices: organ (1) within half the radius, wall (2) around it."""
+    y, x = (torch.arange(n) - (n - 1) / 2 for n in shape[1:])
+    distance = (y[:, None] ** 2 + x[None] ** 2).sqrt()
+    slice_ = torch.where(distance < radius / 2, 1, torch.where(distance < radius, 2, 0))
+    return slice_.expand(shape).contiguous()
+
+
+def grey(truth: Tensor, levels: tuple[float, ...] = (0.0, 3.0, 1.5), noise: float = 0.3, seed: int = 0) -> Tensor:
+    """(1, Z, Y, X): each class has a grey value of its own, with noise."""
+    return (torch.tensor(levels)[truth] + noise * torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed)))[None]
+
+
+def says(labels: Tensor, space: LabelSpace, sure: float = 0.9) -> Tensor:
+    """Probabilities that say these labels."""
+    if isinstance(space, Regions):
+        return torch.where(space.target(labels[None])[0], sure, 1 - sure)
+    k = len(space.names) + 1
+    return torch.nn.functional.one_hot(labels, k).movedim(-1, 0) * (sure - (1 - sure) / (k - 1)) + (1 - sure) / (k - 1)
+
+
+def dice(found: Tensor, truth: Tensor, space: LabelSpace) -> list[float]:
+    decided = space.decide(found[None], 0.0).labels
+    masks = zip(space.masks(decided), space.masks(space.target(truth[None])))
+    return [float(2 * (a & b).sum() / (a.sum() + b.sum())) for a, b in masks]
+
+
+@PLANAR
+@pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
+def test_a_wrong_border_is_mended(space: LabelSpace, planar: bool) -> None:
+    truth = ball(12)
+    before = says(ball(12).roll((2, 2), (1, 2)), space)  # every border is in the wrong place
+    after = refine(before, grey(truth), CONFIG, space, planar)
+    assert after.shape == before.shape
+    for old, new in zip(dice(before, truth, space), dice(after, truth, space)):
+        assert new > old + 0.1
+    assert min(dice(after, truth, space)) > 0.8
+
+
+def test_the_whole_scan_counts_not_the_slice() -> None:
+    """A slice where the networks say nonsense follows the histograms of the others."""
+    truth = ball(12)
+    before = says(truth, CLASSES)
+    before[:, 2] = torch.tensor([0.5, 0.25, 0.25])[:, None, None]
+    after = refine(before, grey(truth), CONFIG, CLASSES, True)
+    organ = truth[2] == 1
+    assert (before[:, 2].argmax(0)[organ] == 0).all() and (after[:, 2].argmax(0)[organ] == 1).float().mean() > 0.9
+
+
+@PLANAR
+def test_probabilities_add_up_and_nothing_is_drawn_or_changed(planar: bool) -> None:
+    truth = ball(12)
+    before, image = says(ball(15), CLASSES), grey(truth)
+    kept, state = before.clone(), torch.get_rng_state()
+    after = refine(before, image, CONFIG, CLASSES, planar)
+    torch.testing.assert_close(after.sum(0), torch.ones(SHAPE))
+    assert (after >= 0).all() and torch.equal(before, kept) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_switched_off_it_is_the_identity() -> None:
+    before = torch.rand(3, *SHAPE).softmax(0)
+    assert torch.equal(refine(before, grey(ball(9)), ScanLabelsConfig(appearance=0.0, smoothing=0.0), CLASSES, True), before)
+    regions = torch.rand(2, *SHAPE)
+    assert torch.equal(refine(regions, grey(ball(9)), ScanLabelsConfig(appearance=0.0, smoothing=0.0), REGIONS, False), regions)
+
+
+def test_blur_within_slices_or_in_space() -> None:
+    before = says(torch.zeros(SHAPE, dtype=torch.long), CLASSES, 1.0)
+    before[:, 3, 20, 20] = torch.tensor([0.0, 1.0, 0.0])
+    config = ScanLabelsConfig(appearance=0.0)
+    reached = [set(refine(before, grey(ball(9)), config, CLASSES, planar)[1].nonzero()[:, 0].tolist()) for planar in (True, False)]
+    assert reached == [{3}, {0, 1, 2, 3, 4, 5}]
+
+
+@pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
+def test_a_scan_without_organs(space: LabelSpace) -> None:
+    before = says(torch.zeros(SHAPE, dtype=torch.long), space, 0.999)
+    after = refine(before, grey(ball(9)), CONFIG, space, True)
+    torch.testing.assert_close(after, before)
+
+
+def test_a_flat_image_and_a_class_that_is_not_there() -> None:
+    truth = ball(12).clamp_max(1)
+    after = refine(says(truth, CLASSES, 1.0), torch.zeros(1, *SHAPE), CONFIG, CLASSES, True)
+    assert torch.isfinite(after).all() and min(dice(after, truth, Classes(("organ",)))) > 0.9
+    assert (after.argmax(0) != 2).all()
+
+
+def test_channels_add_their_evidence() -> None:
+    """Organ and wall look alike in the first channel and differ in the second."""
+    truth = ball(12)
+    one = grey(truth, (0.0, 2.0, 2.0))
+    both = torch.cat([one, grey(truth, (0.0, 2.0, 0.0), seed=1)])
+    before = says(ball(12).roll((2, 2), (1, 2)), CLASSES)
+    single, double = (dice(refine(before, image, CONFIG, CLASSES, True), truth, CLASSES)[0] for image in (one, both))
+    assert double > single + 0.05
+
+
+def test_bins_hold_what_lies_beyond_the_quantiles() -> None:
+    values = torch.cat([torch.linspace(0, 1, 1000), torch.tensor([-1e6, 1e6])])
+    bins = _binned(values)
+    assert bins[-2] == 0 and bins[-1] == 23 and bins.bincount(minlength=24).min() > 20
+    assert len(_binned(torch.randn(3_000_000))) == 3_000_000
+
+
+# ------------------------------------------------------------------ pieces
+
+
+def label(*boxes: tuple[int, slice], shape: tuple[int, ...] = (3, 20, 20)) -> np.ndarray:
+    """Squares of a value, over all slices; the slice is that of x and y."""
+    found = np.zeros(shape, np.int16)
+    for value, where in boxes:
+        found[..., where, where] = value
+    return found
+
+
+TOGETHER = label((2, slice(4, 10)), (1, slice(6, 8)), shape=(20, 20))
+APART = label((2, slice(2, 6)), (1, slice(10, 14)), shape=(20, 20))
+
+
+@pytest.mark.parametrize(
+    ("exemplars", "expected"),
+    [
+        ([TOGETHER], (True, True, True)),
+        ([APART], (False, True, True)),
+        ([TOGETHER, APART], (False, True, True)),
+        ([TOGETHER, np.zeros_like(TOGETHER)], (True, True, True)),
+        ([label((1, slice(2, 4)), (1, slice(5, 7)), shape=(20, 20))], (False, False, False)),
+        ([label((1, slice(2, 4)), (1, slice(4, 6)), shape=(20, 20))], (True, True, False)),
+        ([label((1, slice(2, 5))), TOGETHER], (True, True, True)),
+        ([np.zeros_like(TOGETHER)], (False, False, False)),
+        ([], ()),
+    ],
+    ids=["one", "two", "one and two", "one and none", "same size", "corners touch", "volume", "nothing", "no exemplar"],
+)
+def test_what_exemplars_show_in_one_piece(exemplars: list[np.ndarray], expected: tuple[bool, ...]) -> None:
+    assert in_one_piece(exemplars, CLASSES) == expected
+
+
+def test_regions_in_one_piece() -> None:
+    assert in_one_piece([TOGETHER], REGIONS) == (True, True, True)
+    assert in_one_piece([APART], REGIONS) == (False, False, True)
+
+
+def test_only_the_largest_piece_stays() -> None:
+    labels = torch.from_numpy(label((2, slice(2, 9)), (1, slice(4, 6)), (1, slice(7, 8)), (1, slice(12, 14)))).to(torch.int8)
+    kept = labels.clone()
+    whole = largest_pieces(labels, (True, False, False), CLASSES)
+    assert (whole[:, 12:, 12:] == 0).all() and torch.equal(whole[:, :12, :12], labels[:, :12, :12])
+    each = largest_pieces(labels, (True, True, True), CLASSES)
+    assert (each[:, 7, 7] == 0).all() and (each[:, 4:6, 4:6] == 1).all() and (each[:, 2, 2] == 2).all()
+    assert torch.equal(largest_pieces(labels, (False, False, False), CLASSES), labels) and torch.equal(labels, kept)
+    assert torch.equal(largest_pieces(labels * 0, (True, True, True), CLASSES), labels * 0)
+
+
+def test_pieces_hang_together_across_slices() -> None:
+    labels = torch.zeros(3, 20, 20, dtype=torch.int8)
+    labels[0, 2:6, 2:6], labels[1, 2:6, 2:6] = 1, 1
+    labels[2, 10:15, 10:15] = 1  # the largest within a slice, but not in space
+    assert largest_pieces(labels, (True, True, True), CLASSES).nonzero()[:, 0].unique().tolist() == [0, 1]
+
+
+def test_pieces_of_regions() -> None:
+    labels = torch.from_numpy(label((2, slice(2, 9)), (1, slice(4, 6)), (1, slice(7, 8)), (2, slice(12, 14)))).long()
+    heads = REGIONS.target(labels[None])[0].to(torch.int8)
+    found = largest_pieces(heads, (True, True, True), REGIONS)
+    assert (found[0, :, 2:9, 2:9] == 1).all() and found[0, :, 12:].sum() == 0, "only what is apart from the foreground goes"
+    assert (found[1, :, 7, 7] == 0).all() and (found[1, :, 4:6, 4:6] == 1).all()

@@ -1,0 +1,413 @@
+"""Labels of whole unlabelled scans: when they are made, what they are, who is taught with them, and a training that is killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CASES, EXEMPLAR, TRAINING, Workspace, logs, same_weights, weights
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from test_objective import CALM, CLASSES, DIMENSIONS, REGIONS, FakeNetwork, certain, objective, unsure
+from test_resume import differences, in_three_dimensions, scatter, with_regions, written
+from test_speed import network
+from test_speed import objective as meta_objective
+from torch import Tensor
+
+from nnunetv2_cmems.config import ScanLabelsConfig, SpatialConfig
+from nnunetv2_cmems.data.exemplar import PreprocessedDataset
+from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
+from nnunetv2_cmems.data.unlabelled import UnlabelledLoader
+from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
+from nnunetv2_cmems.method.networks import MutualNetworks
+from nnunetv2_cmems.method.objective import known_first
+from nnunetv2_cmems.trainers import scan_labels as rounds
+from nnunetv2_cmems.trainers.scan_labels import starts
+
+UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
+ON: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
+
+
+def folder(workspace: Workspace) -> Path:
+    return workspace.fold() / "scan_labels"
+
+
+# ------------------------------------------------------------------ a training
+
+
+@pytest.mark.parametrize(
+    ("prepare", "heads"),
+    [(lambda workspace: {}, 0), (in_three_dimensions, 0), (with_regions, 3)],
+    ids=["2d", "3d", "regions"],
+)
+def test_a_training_with_a_round(workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], heads: int) -> None:
+    workspace.configure(**{**ON, "num_epochs": 3, "scan_labels": {"at": [0.3]}})
+    trainer = workspace.make(**prepare(workspace))
+    seen: list[dict[str, Tensor]] = []
+    step = trainer.train_step
+
+    def remembered(batch: dict[str, Tensor]) -> Any:
+        seen.append(batch)
+        assert all(module.training for module in trainer.network.modules()) and trainer.mutual_networks.deep_supervision
+        return step(batch)
+
+    trainer.train_step = remembered
+    workspace.interrupted(2, trainer)
+    assert [set(batch) for batch in seen] == [{"data", "offset", "label"}] * 4
+    shape = seen[0]["data"].shape
+    expected = (shape[0], heads, *shape[2:]) if heads else (shape[0], *shape[2:])
+    assert all(batch["label"].shape == expected and batch["label"].dtype == torch.int8 for batch in seen)
+    assert all((batch["label"] == -1).all() for batch in seen[:2]), "before the round nothing is known"
+    assert all((batch["label"] >= 0).any() for batch in seen[2:])
+
+    made = Path(trainer.output_folder) / "scan_labels"
+    assert [path.name for path in made.iterdir()] == ["epoch_1"]
+    assert sorted(path.stem for path in (made / "epoch_1").iterdir()) == UNLABELLED
+    for case in UNLABELLED:
+        labels, size = np.load(made / "epoch_1" / f"{case}.npy"), workspace.image(case).shape[1:]
+        assert labels.dtype == np.int8 and labels.shape == ((heads, *size) if heads else size)
+        assert labels.min() >= 0 and labels.max() <= (1 if heads else 3)
+    logged = logs(trainer)
+    for name in (*trainer.label_space.names, "mean"):
+        before, after = logged[f"scan_label_dice/{name}"]
+        assert np.isnan(before) and 0 <= after <= 1
+
+
+def test_labels_are_the_members_refined_mean(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "appearance": 0.0, "smoothing": 0.0, "largest_piece": False}})
+    found = {}
+    make = rounds.ScanLabels._make
+
+    def remembered(self: Any, trainer: Any, begin: int) -> None:
+        make(self, trainer, begin)
+        case = UNLABELLED[0]
+        with rounds._predicting(trainer) as predictor:
+            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(workspace.image(case)))
+        found["expected"], found["labels"] = logits.argmax(0).numpy(), np.load(folder(workspace) / "epoch_1" / f"{case}.npy")
+
+    monkeypatch.setattr(rounds.ScanLabels, "_make", remembered)
+    workspace.train()
+    assert np.array_equal(found["labels"], found["expected"])
+
+
+def test_the_folder_goes_after_the_final_checkpoint(workspace: Workspace) -> None:
+    workspace.configure(**ON)
+    trainer = workspace.make()
+    there = []
+    save = trainer.save_checkpoint
+    trainer.save_checkpoint = lambda path: (save(path), there.append((os.path.basename(path), folder(workspace).exists())))
+    trainer.run_training()
+    assert ("checkpoint_final.pth", True) in there and not folder(workspace).exists()
+
+
+def test_switched_off_nothing_changes(workspace: Workspace) -> None:
+    """And a round that comes after the end is none."""
+    trained = []
+    for at in ([], [0.99]):
+        workspace.configure(**{**ON, "scan_labels": {"at": at}})
+        trained.append(workspace.train())
+    assert same_weights(*map(weights, trained))
+    assert not any("scan_label" in key for key in logs(trained[0]))
+    workspace.configure(**ON)
+    assert not same_weights(weights(workspace.train()), weights(trained[0]))
+
+
+def test_a_few_scans_only(workspace: Workspace) -> None:
+    workspace.configure(**{**ON, "num_epochs": 3, "log_hidden_accuracy": False, "scan_labels": {"at": [0.3], "most_scans": 2}})
+    trainer = workspace.interrupted(2)
+    assert sorted(path.stem for path in (folder(workspace) / "epoch_1").iterdir()) == [UNLABELLED[0], UNLABELLED[-1]]
+    assert not any("scan_label" in key for key in logs(trainer))
+
+
+def test_probabilities_cannot_be_compared_with_labels(workspace: Workspace) -> None:
+    workspace.configure(**ON, consistency="mean_squared_error")
+    with pytest.raises(CMEMSError, match=r"'scan_labels\.at'.*\"pseudo_label\".*\"mean_squared_error\" \(.*cmems\.json\)"):
+        workspace.train()
+
+
+def test_where_rounds_begin() -> None:
+    assert starts(ScanLabelsConfig(at=(0.6, 0.8)), 200) == [120, 160]
+    assert starts(ScanLabelsConfig(at=(0.07, 0.571)), 100) == [7, 58]
+    assert starts(ScanLabelsConfig(at=(0.4, 0.5, 0.9)), 2) == [1]
+    assert starts(ScanLabelsConfig(), 10) == starts(ScanLabelsConfig(at=(0.5,)), 1) == []
+
+
+@pytest.mark.parametrize("at", [[0.5, 0.5], [0.6, 0.4, 0.8], [0.0], [0.5, 1.0], [1.5], 0.5, ["a"], [True]])
+def test_unusable_fractions(workspace: Workspace, at: Any) -> None:
+    workspace.configure(scan_labels={"at": at})
+    with pytest.raises(CMEMSError, match=r"cmems\.json: 'scan_labels\.at' (is|must be a list of numbers)"):
+        workspace.make()
+
+
+# ------------------------------------------------------------------ killed and continued
+
+
+def broken_off(workspace: Workspace, name: str) -> None:
+    """The next training has a results folder of its own."""
+    workspace.results = workspace.results.with_name(name)
+    os.environ["nnUNet_results"] = str(workspace.results)
+
+
+def test_a_continued_training_ends_with_the_same_weights(workspace: Workspace) -> None:
+    """With rounds before the epochs 1 and 2: killed before a round, and after both."""
+    workspace.configure(**{**ON, "num_epochs": 4, "tau": 0.4, "scan_labels": {"at": [0.25, 0.5]}})
+    unbroken = workspace.make()
+    end, left = unbroken.on_train_end, []
+    unbroken.on_train_end = lambda: (left.append(unbroken._scan_labels.files.rounds()), end())
+    unbroken.run_training()
+    assert left == [[2]], "the first round is of no use once a checkpoint is newer than the second"
+    expected = written(workspace.fold())
+    assert np.isfinite(expected["history"]["scan_label_dice/mean"][1:3]).all()
+    for epochs in (1, 3):
+        broken_off(workspace, f"broken{epochs}")
+        workspace.interrupted(epochs)
+        scatter()
+        resumed = workspace.resume()
+        assert resumed.current_epoch == epochs
+        resumed.run_training()
+        assert same_weights(weights(resumed), weights(unbroken))
+        assert differences(written(workspace.fold()), expected) == []
+
+
+def test_a_checkpoint_that_is_older_than_the_last_round(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The round before it is kept until a checkpoint is newer: killed in epoch 5, the training goes on with epoch 3."""
+    monkeypatch.setattr("nnunetv2_cmems.trainers.history.History.last_is_best", lambda self: False)
+    config = {**ON, "num_epochs": 6, "tau": 0.4, "checkpoint_every": 3, "scan_labels": {"at": [0.16, 0.6]}}
+    workspace.configure(**config)
+    unbroken = workspace.train()
+    broken_off(workspace, "broken")
+    trainer = workspace.make()
+    step, there = trainer.train_step, []
+
+    def killed(batch: Any) -> Any:
+        there.append(trainer._scan_labels.files.rounds())
+        if trainer.current_epoch == 5:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    trainer.train_step = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run_training()
+    assert there == [[]] * 2 + [[1]] * 6 + [[1, 4]] * 3
+    scatter()
+    resumed = workspace.resume()
+    step, there = resumed.train_step, []
+    resumed.train_step = lambda batch: (there.append(resumed._scan_labels.files.rounds()), step(batch))[1]
+    assert resumed.current_epoch == 3
+    resumed.run_training()
+    assert there == [[1]] * 2 + [[1, 4]] * 4
+    assert same_weights(weights(resumed), weights(unbroken))
+
+
+def test_a_round_that_is_lost_is_made_again(workspace: Workspace) -> None:
+    workspace.configure(**{**ON, "num_epochs": 4, "scan_labels": {"at": [0.3]}})
+    workspace.interrupted(3)
+    for path in (folder(workspace) / "epoch_2").iterdir():
+        path.unlink()
+    (folder(workspace) / "epoch_2").rmdir()
+    resumed = workspace.resume()
+    resumed.on_train_end = lambda: None
+    resumed.run_training()
+    assert sorted(path.stem for path in (folder(workspace) / "epoch_2").iterdir()) == UNLABELLED
+
+
+def test_an_interrupted_round_leaves_no_half_one(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.configure(**ON)
+    save = np.save
+
+    def killed(path: str, labels: np.ndarray) -> None:
+        if UNLABELLED[1] in path:
+            raise KeyboardInterrupt
+        save(path, labels)
+
+    monkeypatch.setattr(np, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        workspace.train()
+    assert ScanLabelFiles(str(folder(workspace))).rounds() == [], "what there is of it has another name"
+    assert [path.name for path in folder(workspace).iterdir()] == ["epoch_1.tmp"]
+    monkeypatch.setattr(np, "save", save)
+    resumed = workspace.resume()
+    resumed.on_train_end = lambda: None
+    resumed.run_training()
+    assert [path.name for path in folder(workspace).iterdir()] == ["epoch_1"]
+
+
+def test_a_full_disk_is_one_sentence(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.configure(**ON)
+
+    def full(path: str, labels: np.ndarray) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(CMEMSError, match=r"epoch_1\.tmp.*\.npy cannot be written \(No space left on device\).*make room.*--c"):
+        workspace.train()
+    assert list(folder(workspace).iterdir()) == [] and (workspace.fold() / "checkpoint_latest.pth").is_file()
+
+
+@pytest.mark.parametrize("at", [[], [0.5]])
+def test_a_fresh_start_removes_what_an_older_training_left(workspace: Workspace, at: list[float]) -> None:
+    workspace.configure(**{**ON, "num_epochs": 1, "scan_labels": {"at": at}})
+    (folder(workspace) / "epoch_0").mkdir(parents=True)
+    (folder(workspace) / "epoch_0" / f"{UNLABELLED[0]}.npy").write_bytes(b"old")
+    trainer = workspace.make()
+    trainer.on_train_start()
+    assert not folder(workspace).exists()
+
+
+# ------------------------------------------------------------------ the loader
+
+
+@pytest.fixture
+def dataset(workspace: Workspace) -> PreprocessedDataset:
+    return PreprocessedDataset.from_plans(
+        str(workspace.images), nnUNetDatasetBlosc2, PlansManager(workspace.plans()), workspace.dataset_json()
+    )
+
+
+def write_round(files: ScanLabelFiles, epoch: int, case: str, labels: np.ndarray) -> None:
+    os.makedirs(files.round_folder(epoch), exist_ok=True)
+    np.save(os.path.join(files.round_folder(epoch), f"{case}.npy"), labels.astype(np.int8))
+
+
+@pytest.mark.parametrize("patch", [(8, 8), (2, 8, 8)], ids=["2d", "3d"])
+@pytest.mark.parametrize("regions", [0, 2])
+def test_the_labels_are_of_the_same_place(
+    workspace: Workspace, dataset: PreprocessedDataset, tmp_path: Path, patch: tuple[int, ...], regions: int
+) -> None:
+    shape = (3, 12, 14)
+    number = np.arange(np.prod(shape)).reshape(shape) % 100
+    workspace.set_image(CASES[0], (number + 1)[None].astype(np.float32))
+    files = ScanLabelFiles(str(tmp_path / "rounds"), regions)
+    write_round(files, 7, CASES[0], np.stack([number, 99 - number]) if regions else number)
+    crop = tuple(n + 4 for n in patch)  # reaches beyond the image
+    arguments = {CASES[0]: dataset}, 40, crop, patch
+    np.random.seed(3)
+    batch = next(UnlabelledLoader(*arguments, files))
+    np.random.seed(3)
+    plain = next(UnlabelledLoader(*arguments))
+    assert set(plain) == {"data", "offset"} and all(torch.equal(plain[key], batch[key]) for key in plain)
+    image, label = batch["data"][:, 0], batch["label"]
+    inside = image > 0
+    assert inside.any() and not inside.all() and label.dtype == torch.int8
+    first = label[:, 0] if regions else label
+    assert torch.equal(first.long(), image.long() - 1), "and -1 beyond the image"
+    if regions:
+        assert label.shape == (40, 2, *crop) and torch.equal(label[:, 1].long(), torch.where(inside, 100 - image.long(), -1))
+
+
+def test_the_newest_complete_round_counts(dataset: PreprocessedDataset, tmp_path: Path) -> None:
+    """A loader in a worker process sees a round that was made after it was sent there."""
+    files = ScanLabelFiles(str(tmp_path / "rounds"))
+    loader = UnlabelledLoader({CASES[0]: dataset, CASES[2]: dataset}, 30, (32, 32), (32, 32), files)
+    image = loader._shape(CASES[0])[1:]
+    assert set(next(loader)["label"].unique().tolist()) == {-1}
+    write_round(files, 9, CASES[0], np.full(image, 1))
+    assert set(next(loader)["label"].unique().tolist()) == {-1, 1}, "the other case has no labels"
+    write_round(files, 10, CASES[0], np.full(image, 2))
+    os.rename(files.round_folder(10), files.round_folder(11) + ".tmp")
+    assert set(next(loader)["label"].unique().tolist()) == {-1, 1}
+    os.rename(files.round_folder(11) + ".tmp", files.round_folder(11))
+    assert set(next(loader)["label"].unique().tolist()) == {-1, 2}
+    Path(files.round_folder(11), f"{CASES[0]}.npy").write_bytes(b"no array")
+    error = next(loader)["error"]
+    assert "epoch_11" in error and f"delete the folder {files.folder} and continue with --c" in error
+
+
+# ------------------------------------------------------------------ the loss
+
+
+@DIMENSIONS
+def test_with_labels_the_terms_are_those_of_a_teacher_who_says_them(d: int) -> None:
+    torch.manual_seed(3)
+    made = objective(CALM, d)
+    unlabelled = torch.randn(2, 1, *[8] * d)
+    labels = torch.randint(0, 3, (2, *[8] * d), dtype=torch.int8)
+    says = 30.0 * torch.nn.functional.one_hot(labels.long(), 3).movedim(-1, 1).float()
+    pupil = [torch.randn(2, 3, *[8] * d) for _ in range(2)]
+
+    def terms(weak: list[Tensor], given: Tensor | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        return made(FakeNetwork(weak, pupil, pupil), unlabelled, 1.0, None, given).terms
+
+    expected = terms([says, says], None)
+    found = terms([certain(1, d=d), unsure(d=d)], labels)
+    for name in ("image", "feature"):
+        torch.testing.assert_close(found[name], expected[name])
+        assert not torch.isclose(terms([certain(1, d=d), certain(2, d=d)], None)[name], expected[name])
+    half = labels.clone()
+    half[1] = -1
+    one, other = says.clone(), certain(1, d=d)
+    one[1] = other[1]
+    mixed = terms([certain(1, d=d), certain(1, d=d)], half)
+    for name, value in terms([one, one], None).items():
+        torch.testing.assert_close(mixed[name], value)
+
+
+def test_statistics_stay_the_networks() -> None:
+    made = objective(CALM)
+    arguments = FakeNetwork([certain(1), certain(2)]), torch.randn(2, 1, 8, 8), 1.0, None
+    plain, labelled = made(*arguments), made(*arguments, torch.zeros(2, 8, 8, dtype=torch.int8))
+    for name, value in plain.statistics.items():
+        assert torch.equal(value, labelled.statistics[name])
+
+
+@pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
+@DIMENSIONS
+def test_labels_move_with_the_image(d: int, space: Any) -> None:
+    views = SpatialConfig(rotation=40.0, scale=(0.5, 1.5), shift=0.2, elastic=0.05)
+    made = objective(dataclasses.replace(CALM, unlabelled_views=views), d, space=space)
+    image = torch.zeros(3, 1, *[14] * d)
+    image[(slice(None), slice(None), *[slice(3, 10)] * d)] = 1
+    labels = (image[:, 0] > 0).to(torch.int8)
+    if space is REGIONS:
+        labels = torch.stack([labels, 1 - labels, labels], 1)
+    torch.manual_seed(5)
+    alone = made.unlabelled_crops(image)
+    torch.manual_seed(5)
+    crops, moved = made.labelled_crops(image, labels)
+    assert torch.equal(crops, alone)
+    first = moved[:, 0] if space is REGIONS else moved
+    assert first.shape == (3, *[8] * d) and first.dtype == torch.long
+    agree = (first == 1) == (crops[:, 0] > 0.5)
+    assert agree.float().mean() > 0.93 and first.unique().tolist() in ([0, 1], [-1, 0, 1])
+    if space is REGIONS:
+        assert torch.equal(moved[:, 2], first) and torch.equal(moved[:, 1], torch.where(first < 0, -1, 1 - first))
+
+
+def test_beyond_the_crop_nothing_is_known() -> None:
+    views = SpatialConfig(rotation=0.0, scale=(0.5, 0.5), shift=0.0, elastic=0.0)
+    made = objective(dataclasses.replace(CALM, unlabelled_views=views))
+    _, moved = made.labelled_crops(torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int8))
+    assert (moved[0, 2:6, 2:6] == 0).all() and (moved[0, 0] == -1).all()
+
+
+def test_what_is_known_comes_first() -> None:
+    taught = PseudoLabel(torch.tensor([[2, 2, 2]]), torch.tensor([[True, False, False]]))
+    found = known_first(torch.tensor([[-1, -1, 0]]), taught)
+    assert found.labels.tolist() == [[2, 2, 0]] and found.confident.tolist() == [[True, False, True]]
+    regions = known_first(torch.tensor([[1, -1]]), PseudoLabel(torch.tensor([[False, False]]), torch.tensor([[False, False]])))
+    assert regions.labels.dtype == torch.bool and regions.labels.tolist() == [[True, False]]
+    assert regions.confident.tolist() == [[True, False]]
+
+
+@DIMENSIONS
+@pytest.mark.parametrize("space", ["classes", "regions"])
+def test_a_step_with_labels_never_waits_for_the_device(d: int, space: str) -> None:
+    meta = torch.device("meta")
+    regions = Regions(("a", "b"), None, ((1, 2), (2,)))
+    made = meta_objective(d, CLASSES if space == "classes" else regions, CALM, False, meta)
+    networks = MutualNetworks(lambda: network(d, 3 if space == "classes" else 2), 2).to(meta)
+    shape = (2, *[20] * d) if space == "classes" else (2, 2, *[20] * d)
+    labels = torch.zeros(shape, dtype=torch.int8, device=meta)
+    step = made(networks, torch.randn(2, 1, *[20] * d, device=meta), 0.9, torch.zeros(2, d, device=meta), labels)
+    step.total.backward()
+    assert step.total.device == meta and set(step.terms) >= {"image", "feature"}
