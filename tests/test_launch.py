@@ -213,14 +213,10 @@ def test_stopping_stops_the_processes(folder: str, how: signal.Signals, monkeypa
         os.kill(os.getpid(), how)
 
     handler = signal.getsignal(signal.SIGTERM)
-    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore Ctrl-C
-    try:
-        with locked(folder, SPECS[0]):
-            threading.Thread(target=interrupt).start()
-            with pytest.raises(KeyboardInterrupt):
-                launch.run_local(SPECS[:2], folder)
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c)
+    with locked(folder, SPECS[0]):
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            launch.run_local(SPECS[:2], folder)
     assert len(begun) == 1 and begun[0].poll() not in (None, 0), "the second run is not begun any more"
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not os.path.exists(run.run_folder(folder, SPECS[1]))
