@@ -227,6 +227,30 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return seen
 
 
+def in_three_dimensions(workspace: Workspace) -> dict[str, Any]:
+    """Plan another configuration of the same preprocessed files, whose slices have the phantom's distance.
+
+    Returns:
+        Arguments of :meth:`Workspace.make`.
+    """
+    plans = workspace.plans()
+    spacing = plans["original_median_spacing_after_transp"]
+    made = small_configuration(
+        plans, "3d_fullres", "3d_small", patch_size=(4, 32, 32), spacing=(spacing[0], 2.0, 2.0), features=(8, 16, 16), batch_size=4
+    )
+    plans["configurations"]["3d_small"] = {**made, "data_identifier": f"nnUNetPlans_{CONFIGURATION}"}
+    (workspace.base / "nnUNetPlans.json").write_text(json.dumps(plans))
+    return {"configuration": "3d_small"}
+
+
+def with_regions(workspace: Workspace) -> dict[str, Any]:
+    """Let ``dataset.json`` name regions in place of classes; returns what :func:`in_three_dimensions` does."""
+    labels = {"background": 0, "heart": [1, 2, 3], "left": [1, 2], "left cavity": [2]}
+    content = {**workspace.dataset_json(), "labels": labels, "regions_class_order": [3, 1, 2]}
+    (workspace.base / "dataset.json").write_text(json.dumps(content))
+    return {}
+
+
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
     """A copy of the network's weights."""
     return {key: value.detach().clone() for key, value in trainer.network.state_dict().items()}

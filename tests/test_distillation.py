@@ -226,8 +226,8 @@ def test_one_seed_gives_one_student(workspace: Workspace, tmp_path: Path) -> Non
 def test_members_of_two_architectures_teach_one_of_the_plans(workspace: Workspace, tmp_path: Path) -> None:
     model = train(workspace, trainers.nnUNetTrainerCMEMS_crossTeaching)
     assert [type(member) for member in members(workspace, content(model)).members] == [PlainConvUNet, ResidualEncoderUNet]
-    assert export_model(str(model), [0], str(tmp_path / "both")) == [0], "the first alone"
-    assert export_student(str(model), [0], str(tmp_path / "out"), steps=1, device="cpu") == [0]
+    assert export_model(str(model), [0], str(tmp_path / "both")).folds == [0], "the first alone"
+    assert export_student(str(model), [0], str(tmp_path / "out"), steps=1, device="cpu").folds == [0]
     assert type(stock(tmp_path / "out").network) is PlainConvUNet
 
 

@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, CONFIGURATION, DATASET_ID, EXEMPLAR, Workspace, _pools_are_threads, same_weights
+from conftest import (
+    CASES,
+    CONFIGURATION,
+    DATASET_ID,
+    EXEMPLAR,
+    Workspace,
+    _pools_are_threads,
+    in_three_dimensions,
+    same_weights,
+    with_regions,
+)
 from nnunetv2.run import run_training
 from torch import Tensor
 from torch import distributed as dist
@@ -23,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.objective import Batches, batch_sizes
-from nnunetv2_cmems.study.small_configuration import small_configuration
 from nnunetv2_cmems.trainers import distributed, nnUNetTrainerCMEMS, presets
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked, so that they need not import all anew")
@@ -92,7 +101,7 @@ def give_views(trainer: Any) -> dict[str, Any]:
     random.seed(0), torch.manual_seed(0)
     scans = torch.randn(max(2, whole.unlabelled), trainer.num_input_channels, *[n + 8 for n in objective.bank.patch])
     objective.batches = whole
-    crops = objective.unlabelled_crops(scans)
+    crops, _ = objective.unlabelled_crops(scans)
     batches = [objective.supervised_batch(crops) for _ in range(objective.config.num_members)]
     objective.batches = shares[rank]
 
@@ -101,7 +110,7 @@ def give_views(trainer: Any) -> dict[str, Any]:
 
     parts = iter(type(b)(part(b.images), part(b.labels), part(b.mask), shares[rank].exemplar) for b in batches)
     objective.supervised_batch = lambda *_: next(parts)
-    objective.unlabelled_crops = lambda _: crops[unlabelled]
+    objective.unlabelled_crops = lambda *_: (crops[unlabelled], None)
     objective.dropout = every_second_channel
     return {"data": scans[unlabelled], "offset": torch.zeros(len(crops[unlabelled]), scans.ndim - 2)} if whole.unlabelled else {}
 
@@ -125,28 +134,12 @@ def classes(workspace: Workspace) -> dict[str, Any]:
     return {}
 
 
-def regions(workspace: Workspace) -> dict[str, Any]:
-    labels = {"background": 0, "heart": [1, 2, 3], "left": [1, 2], "left cavity": [2]}
-    return {"dataset_json": {**workspace.dataset_json(), "labels": labels, "regions_class_order": [3, 1, 2]}}
-
-
-def volumes(workspace: Workspace) -> dict[str, Any]:
-    """Another configuration of the same preprocessed files."""
-    plans = workspace.plans()
-    spacing = plans["original_median_spacing_after_transp"]
-    made = small_configuration(
-        plans, "3d_fullres", "3d_small", patch_size=(4, 32, 32), spacing=(spacing[0], 2.0, 2.0), features=(8, 16, 16), batch_size=4
-    )
-    plans["configurations"]["3d_small"] = {**made, "data_identifier": f"nnUNetPlans_{CONFIGURATION}"}
-    return {"plans": plans, "configuration": "3d_small"}
-
-
 @pytest.mark.parametrize(
     "data, trainer, config",
     [
         (classes, nnUNetTrainerCMEMS, {"tau": 0.35, "pseudo_class_weighting": 0.5, "competence": True}),
-        (regions, nnUNetTrainerCMEMS, {"tau": 0.55}),
-        (volumes, nnUNetTrainerCMEMS, {"tau": 0.35, "exemplar": [{"case": EXEMPLAR["case"]}]}),
+        (with_regions, nnUNetTrainerCMEMS, {"tau": 0.55}),
+        (in_three_dimensions, nnUNetTrainerCMEMS, {"tau": 0.35, "exemplar": [{"case": EXEMPLAR["case"]}]}),
         (classes, presets.nnUNetTrainerCMEMS_meanTeacher, {"strong": {"brightness": 0.5}}),
         (classes, presets.nnUNetTrainerCMEMS_uniMatch, {"tau": 0.35, "cutmix": 0.0}),
     ],

@@ -233,10 +233,10 @@ def test_stock_nnunet_predicts_the_same_masks_without_the_package(
     student = only(trained[0], 1)
     monkeypatch.setattr(distillation, "distil", lambda *_, **__: student.state_dict())
     (model_folder / "fold_0" / "cmems_config.json").write_text('{"unlabelled": ["scan"]}')
-    assert export_student(str(model_folder), [0], str(tmp_path / "student"), device="cpu") == [0]
-    assert export_model(str(model_folder), [0], str(tmp_path / "one")) == [0, 1]
-    assert export_model(str(model_folder), [0, "1"], str(tmp_path / "both")) == [0, 1, 2, 3]
-    assert export_model(str(model_folder), [0], str(tmp_path / "first"), member=0) == [0]
+    assert export_student(str(model_folder), [0], str(tmp_path / "student"), device="cpu").folds == [0]
+    assert export_model(str(model_folder), [0], str(tmp_path / "one")).folds == [0, 1]
+    assert export_model(str(model_folder), [0, "1"], str(tmp_path / "both")).folds == [0, 1, 2, 3]
+    assert export_model(str(model_folder), [0], str(tmp_path / "first"), member=0).folds == [0]
     expected = {
         "one|0,1": segment(our_predictor(trained[:1]), scan),
         "both|0,1,2,3": segment(our_predictor(trained), scan),
@@ -314,7 +314,7 @@ def test_other_checkpoint_one_member_and_no_fingerprint(model_folder: Path, tmp_
     save(networks(4, 1, steps=0), model_folder / "fold_all" / "checkpoint_best.pth", inference_allowed_mirroring_axes=None)
     (model_folder / "dataset_fingerprint.json").unlink()
     (tmp_path / "empty").mkdir()
-    assert export_model(str(model_folder), ["all"], str(tmp_path / "empty"), checkpoint="checkpoint_best.pth") == [0]
+    assert export_model(str(model_folder), ["all"], str(tmp_path / "empty"), checkpoint="checkpoint_best.pth").folds == [0]
     assert not (tmp_path / "empty" / "dataset_fingerprint.json").exists()
     assert stock_predictor(tmp_path / "empty", (0,)).allowed_mirroring_axes is None
 
@@ -402,7 +402,7 @@ def test_refuses_folds_that_would_be_weighted_wrongly(model_folder: Path, tmp_pa
     with refused("fold 0 has 2, fold 2 has 1"):
         export_model(str(model_folder), [0, 2], str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
-    assert export_model(str(model_folder), [0, 2], str(tmp_path / "out"), member=0) == [0, 1]
+    assert export_model(str(model_folder), [0, 2], str(tmp_path / "out"), member=0).folds == [0, 1]
 
 
 def test_refuses_output_that_holds_something(model_folder: Path, tmp_path: Path) -> None:

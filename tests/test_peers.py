@@ -255,12 +255,13 @@ def test_cross_teaching_from_training_to_prediction(workspace: Workspace, tmp_pa
         assert torch.equal(loaded.eval()(x), trainer.network.eval()(x))
 
     model = Path(trainer.output_folder).parent
-    assert export_model(str(model), ["0"], str(tmp_path / "both")) == [0], "of the second, a stock nnU-Net cannot build"
-    assert json.loads((tmp_path / "both" / "exported_from.json").read_text())["left_out"] == [{"fold": "0", "member": 1}]
+    left_out = [{"fold": "0", "member": 1}]
+    assert export_model(str(model), ["0"], str(tmp_path / "both")) == ([0], left_out), "of the second, a stock nnU-Net cannot build"
+    assert json.loads((tmp_path / "both" / "exported_from.json").read_text())["left_out"] == left_out
     with pytest.raises(CMEMSError, match="number 1 .* has another architecture than the plans"):
         export_model(str(model), ["0"], str(tmp_path / "second"), member=1)
     assert not (tmp_path / "second").exists()
-    assert export_model(str(model), ["0"], str(tmp_path / "first"), member=0) == [0]
+    assert export_model(str(model), ["0"], str(tmp_path / "first"), member=0).folds == [0]
 
 
 def test_by_default_members_have_two_architectures_where_there_are_two(workspace: Workspace) -> None:

@@ -164,7 +164,7 @@ def test_masks_of_regions_and_their_export(regions: Workspace, pools_are_threads
     summary = json.loads((folder / "validation" / "summary.json").read_text())
     assert set(summary["mean"]) == {"(1, 2, 3)", "(1, 2)", "(2,)"}
 
-    assert export_model(str(folder.parent), [0], str(tmp_path / "out")) == [0, 1]
+    assert export_model(str(folder.parent), [0], str(tmp_path / "out")).folds == [0, 1]
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(tmp_path / "out"), (0, 1))
     assert predictor.trainer_name == "nnUNetTrainer"

@@ -18,12 +18,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGURATION, DATASET_ID, EXEMPLAR, PICTURES, Workspace, _pools_are_threads, logs, same_weights, weights
+from conftest import (
+    CONFIGURATION,
+    DATASET_ID,
+    EXEMPLAR,
+    PICTURES,
+    Workspace,
+    _pools_are_threads,
+    in_three_dimensions,
+    logs,
+    same_weights,
+    weights,
+    with_regions,
+)
 from nnunetv2.run import run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.study.small_configuration import small_configuration
 from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS, resume
 
 LATEST, BEST, FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
@@ -69,25 +80,6 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
 
 
 # ------------------------------------------------------------------ the same result
-
-
-def in_three_dimensions(workspace: Workspace) -> dict[str, Any]:
-    """Another configuration of the same preprocessed files, whose slices have the phantom's distance."""
-    plans = workspace.plans()
-    spacing = plans["original_median_spacing_after_transp"]
-    made = small_configuration(
-        plans, "3d_fullres", "3d_small", patch_size=(4, 32, 32), spacing=(spacing[0], 2.0, 2.0), features=(8, 16, 16), batch_size=4
-    )
-    plans["configurations"]["3d_small"] = {**made, "data_identifier": f"nnUNetPlans_{CONFIGURATION}"}
-    (workspace.base / "nnUNetPlans.json").write_text(json.dumps(plans))
-    return {"configuration": "3d_small"}
-
-
-def with_regions(workspace: Workspace) -> dict[str, Any]:
-    labels = {"background": 0, "heart": [1, 2, 3], "left": [1, 2], "left cavity": [2]}
-    content = {**workspace.dataset_json(), "labels": labels, "regions_class_order": [3, 1, 2]}
-    (workspace.base / "dataset.json").write_text(json.dumps(content))
-    return {}
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, EXEMPLAR, TRAINING, Workspace, logs, same_weights, weights
+from conftest import CASES, EXEMPLAR, TRAINING, Workspace, in_three_dimensions, logs, same_weights, weights, with_regions
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_objective import CALM, CLASSES, DIMENSIONS, REGIONS, FakeNetwork, certain, objective, unsure
-from test_resume import differences, in_three_dimensions, scatter, with_regions, written
+from test_resume import differences, scatter, written
 from test_speed import network
 from test_speed import objective as meta_objective
 from torch import Tensor
@@ -30,6 +30,7 @@ from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first
 from nnunetv2_cmems.trainers import scan_labels as rounds
+from nnunetv2_cmems.trainers.prediction import predicting
 from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
@@ -89,7 +90,7 @@ def test_labels_are_the_members_refined_mean(workspace: Workspace, monkeypatch: 
     def remembered(self: Any, trainer: Any, begin: int) -> None:
         make(self, trainer, begin)
         case = UNLABELLED[0]
-        with rounds._predicting(trainer) as predictor:
+        with predicting(trainer, mirroring=False) as predictor:
             logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(workspace.image(case)))
         found["expected"], found["labels"] = logits.argmax(0).numpy(), np.load(folder(workspace) / "epoch_1" / f"{case}.npy")
 
@@ -371,10 +372,10 @@ def test_labels_move_with_the_image(d: int, space: Any) -> None:
     if space is REGIONS:
         labels = torch.stack([labels, 1 - labels, labels], 1)
     torch.manual_seed(5)
-    alone = made.unlabelled_crops(image)
+    alone, nothing = made.unlabelled_crops(image)
     torch.manual_seed(5)
-    crops, moved = made.labelled_crops(image, labels)
-    assert torch.equal(crops, alone)
+    crops, moved = made.unlabelled_crops(image, labels)
+    assert nothing is None and torch.equal(crops, alone)
     first = moved[:, 0] if space is REGIONS else moved
     assert first.shape == (3, *[8] * d) and first.dtype == torch.long
     agree = (first == 1) == (crops[:, 0] > 0.5)
@@ -386,7 +387,7 @@ def test_labels_move_with_the_image(d: int, space: Any) -> None:
 def test_beyond_the_crop_nothing_is_known() -> None:
     views = SpatialConfig(rotation=0.0, scale=(0.5, 0.5), shift=0.0, elastic=0.0)
     made = objective(dataclasses.replace(CALM, unlabelled_views=views))
-    _, moved = made.labelled_crops(torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int8))
+    _, moved = made.unlabelled_crops(torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int8))
     assert (moved[0, 2:6, 2:6] == 0).all() and (moved[0, 0] == -1).all()
 
 

@@ -230,5 +230,11 @@ def test_bad_input_is_one_sentence(workspace: Workspace, words: list[str], sente
     assert sentence in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["benchmark", "--speed", "-d", str(DATASET_ID), "-c", CONFIGURATION]) == 1
+    assert capsys.readouterr().err.endswith("no cuda device on this computer; choose another with -device.\n")
+
+
 def test_freed_memory_is_kept_where_there_is_a_glibc() -> None:
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from nnunetv2_cmems.commands.device import check_device
 from nnunetv2_cmems.config import CMEMSConfig, differences, with_overrides
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.files import nnunet_folder, write_json
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     names = args.trainers or ([] if args.study else DEFAULT_TRAINERS)
     trainers = check_trainers(names)
     if args.launcher == "local" and not args.dry_run:
-        _check_device(args.device)
+        check_device(args.device, "choose another with -device, or use --launcher slurm")
     fold = grids.open_fold(args.d, args.c, args.p, args.f)
     folder = os.path.abspath(args.o) if args.o else _default_folder(fold)
     old = records.read_benchmark(folder)
@@ -166,7 +167,7 @@ def _measure_speed(args: argparse.Namespace) -> None:
     trainer = check_trainers([args.tr or OURS])[0]
     if not is_ours(trainer):
         raise CMEMSError(f"--speed compares a trainer of ours with nnU-Net's own, but -tr is {trainer}; choose one of ours.")
-    _check_device(args.device)
+    check_device(args.device)
     fold = grids.open_fold(args.d, args.c, args.p, args.f)
     from nnunetv2_cmems.study import speed
 
@@ -343,12 +344,3 @@ def _slurm_parameters(args: argparse.Namespace) -> dict[str, Any]:
     if args.jobs is not None:
         parameters["slurm_array_parallelism"] = args.jobs
     return {**parameters, "name": "cmems_benchmark"}
-
-
-def _check_device(device: str) -> None:
-    """Raise a :class:`CMEMSError` if this machine has no such device."""
-    import torch
-
-    there = device == "cpu" or (torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available())
-    if not there:
-        raise CMEMSError(f"PyTorch finds no {device} device on this computer; choose another with -device, or use --launcher slurm.")

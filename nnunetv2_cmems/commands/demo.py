@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nnunetv2_cmems.commands.device import check_device
 from nnunetv2_cmems.config import CONFIG_VARIABLE
 from nnunetv2_cmems.errors import CMEMSError
 
@@ -85,8 +86,7 @@ def run(args: argparse.Namespace) -> None:
             raise CMEMSError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
     if not 0 <= args.seed < 2**31:
         raise CMEMSError(f"--seed is {args.seed}; it must be between 0 and {2**31 - 1}.")
-    if args.device != "cpu":
-        _check_device(args.device)
+    check_device(args.device, "use -device cpu, which takes a few minutes")
     begin = time.monotonic()
     folder = prepare_folder(Path(args.o).expanduser().absolute(), overwrite=args.overwrite)
     scores = run_pipeline(
@@ -413,14 +413,6 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
     }
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    there = torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()
-    if not there:
-        raise CMEMSError(f"PyTorch finds no {device} device on this computer; use -device cpu, which takes a few minutes.")
 
 
 def _add_configuration(plans_file: Path) -> None:

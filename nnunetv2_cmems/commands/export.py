@@ -17,15 +17,15 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from nnunetv2_cmems.commands.device import check_device
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.files import find_dataset
-from nnunetv2_cmems.method.networks import count_members
+from nnunetv2_cmems.method.networks import count_members, shapes
 
 HELP = "Write a model folder that nnU-Net predicts with, also where this package is not installed."
 
@@ -37,6 +37,18 @@ DISTIL_STEPS = 300
 
 _SOURCES = "exported_from.json"
 _COPIED = {"plans.json": True, "dataset.json": True, "dataset_fingerprint.json": False}  # file -> is it needed?
+
+
+class Exported(NamedTuple):
+    """What an export has written.
+
+    Attributes:
+        folds: the numbers of the folds in the output, in order: what ``-f`` of nnU-Net's prediction takes.
+        left_out: trained fold and member of each network that could not be exported, as ``exported_from.json`` has it.
+    """
+
+    folds: list[int]
+    left_out: list[dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,18 +83,17 @@ def run(args: argparse.Namespace) -> None:
         raise CMEMSError("--distil makes one network of all, --member chooses one of them; leave one of the two out.")
     model_folder = find_model_folder(args.d, args.tr, args.p, args.c)
     if args.distil:
-        folds = export_student(
+        exported = export_student(
             model_folder, args.f, args.o, checkpoint=args.chk, steps=args.distil_steps, device=args.device, seed=args.seed
         )
     else:
-        folds = export_model(model_folder, args.f, args.o, checkpoint=args.chk, member=args.member)
-        with open(os.path.join(args.o, _SOURCES), encoding="utf-8") as file:
-            left_out = len(json.load(file)["left_out"])
-        if left_out:
-            print(
-                f"Left out: {left_out} network{'s' if left_out > 1 else ''} of another architecture than the plans, which a stock nnU-Net "
-                "cannot build. export --distil writes one network that has learned from all of them."
-            )
+        exported = export_model(model_folder, args.f, args.o, checkpoint=args.chk, member=args.member)
+    folds, left_out = exported.folds, len(exported.left_out)
+    if left_out:
+        print(
+            f"Left out: {left_out} network{'s' if left_out > 1 else ''} of another architecture than the plans, which a stock nnU-Net "
+            "cannot build. export --distil writes one network that has learned from all of them."
+        )
     print(f"Wrote {len(folds)} network{'s' if len(folds) > 1 else ''} to {args.o}. With or without nnunetv2-cmems installed, predict with")
     print(f"    nnUNetv2_predict_from_modelfolder -i INPUT -o OUTPUT -m {args.o} -f {' '.join(str(fold) for fold in folds)}")
 
@@ -115,7 +126,7 @@ def find_model_folder(dataset: str | int, trainer: str, plans: str, configuratio
 
 def export_model(
     model_folder: str, folds: Sequence[str | int], output: str, *, checkpoint: str = CHECKPOINT, member: int | None = None
-) -> list[int]:
+) -> Exported:
     """Write the members of trained folds as folds of a stock ``nnUNetTrainer``.
 
     ``fold_0`` of the output is the first member of the first trained fold, ``fold_1`` its second member,
@@ -130,9 +141,6 @@ def export_model(
         output: folder to write; it must not exist or be empty.
         checkpoint: file name of the checkpoint in each fold's folder.
         member: export this member only, counted from 0; ``None``: all of them.
-
-    Returns:
-        The numbers of the folds in the output, in order: what ``-f`` of nnU-Net's prediction takes.
 
     Raises:
         CMEMSError: a file or fold is missing, a checkpoint cannot be read or is not ours, there is no such member or it has another
@@ -160,7 +168,7 @@ def export_model(
                 number = len(sources)
                 _write_fold(temporary, number, _stock_checkpoint(content, index, number), output)
                 sources[f"fold_{number}"] = {"fold": fold, "member": index, "checkpoint": checkpoint}
-    return list(range(len(sources)))
+    return Exported(list(range(len(sources))), left_out)
 
 
 def export_student(
@@ -172,7 +180,7 @@ def export_student(
     steps: int = DISTIL_STEPS,
     device: str = "cuda",
     seed: int | None = None,
-) -> list[int]:
+) -> Exported:
     """Train one network to predict what the members of trained folds predict together, and write it as the one fold of a stock model.
 
     It has the plans' architecture, also where members have others. It learns on the scans of the training, which must still be
@@ -184,14 +192,11 @@ def export_student(
         device: where to train it: ``cpu``, ``cuda`` or ``mps``.
         seed: of its training; None: a fresh one.
 
-    Returns:
-        ``[0]``, as :func:`export_model` does.
-
     Raises:
         CMEMSError: see :func:`export_model` and :func:`~nnunetv2_cmems.trainers.distillation.distil`; there is but one network, no
             unlabelled scan, or no such device.
     """
-    _check_device(device)
+    check_device(device)
     files = _checkpoint_files(model_folder, folds, checkpoint)
     contents = {fold: _load(file) for fold, file in files.items()}
     counts = {fold: count_members(content["network_weights"]) for fold, content in contents.items()}
@@ -210,7 +215,7 @@ def export_student(
         _write_fold(temporary, 0, _stock_checkpoint({**first, "network_weights": student}, 0, 0), output)
         taught = [{"fold": fold, "members": count, "checkpoint": checkpoint} for fold, count in counts.items()]
         sources["fold_0"] = {"distilled_from": taught, "scans": len(cases), "steps": steps, "seed": seed}
-    return [0]
+    return Exported([0], [])
 
 
 @contextlib.contextmanager
@@ -321,11 +326,7 @@ def _chosen(member: int | None, count: int, file: str) -> Iterator[int]:
 
 def _is_of_the_plans(weights: Mapping[str, Tensor], index: int) -> bool:
     """Whether a stock trainer would build a member's architecture: the first member's is that of the plans."""
-    first, chosen = (
-        {key[len(prefix) :]: value.shape for key, value in weights.items() if key.startswith(prefix)}
-        for prefix in ("members.0.", f"members.{index}.")
-    )
-    return first == chosen
+    return shapes(weights, "members.0.") == shapes(weights, f"members.{index}.")
 
 
 def _scans(folder: str, content: Mapping[str, Any]) -> set[str]:
@@ -341,13 +342,9 @@ def _scans(folder: str, content: Mapping[str, Any]) -> set[str]:
         ) from error
     if not unlabelled:
         raise CMEMSError(f"{path} lists no unlabelled scans, which a student would learn on; export without --distil.")
-    return {*unlabelled, *(exemplar["case"] for exemplar in content["init_args"].get("cmems", {}).get("exemplars", []))}
+    from nnunetv2_cmems.trainers.cmems import RECORD  # as in _load, which has imported it
 
-
-def _check_device(device: str) -> None:
-    there = device == "cpu" or (torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available())
-    if not there:
-        raise CMEMSError(f"PyTorch finds no {device} device on this computer; choose another with -device.")
+    return {*unlabelled, *(exemplar["case"] for exemplar in content["init_args"].get(RECORD, {}).get("exemplars", []))}
 
 
 def _positive(text: str) -> int:
@@ -359,8 +356,10 @@ def _positive(text: str) -> int:
 
 def _stock_checkpoint(content: Mapping[str, Any], member: int, fold: int) -> dict[str, Any]:
     """All keys of a checkpoint of nnU-Net's, of which the state of the training is empty."""
+    from nnunetv2_cmems.trainers.resume import RANDOM, plain  # as in _load, which has imported it
+
     axes = content.get("inference_allowed_mirroring_axes")
-    init_args = {key: value for key, value in content["init_args"].items() if key not in ("device", "cmems_random")}
+    init_args = {key: value for key, value in content["init_args"].items() if key not in ("device", RANDOM)}
     return {
         "network_weights": _member_weights(content["network_weights"], member),
         "optimizer_state": None,
@@ -368,7 +367,7 @@ def _stock_checkpoint(content: Mapping[str, Any], member: int, fold: int) -> dic
         "logging": {},
         "_best_ema": None,
         "current_epoch": int(content.get("current_epoch", 0)),
-        "init_args": _plain({**init_args, "fold": fold}),
+        "init_args": plain({**init_args, "fold": fold}),
         "trainer_name": STOCK_TRAINER,
         "inference_allowed_mirroring_axes": None if axes is None else tuple(int(axis) for axis in axes),
     }
@@ -390,18 +389,3 @@ def _member_weights(weights: Mapping[str, Tensor], member: int) -> dict[str, Ten
                 copies[place] = value.detach().to("cpu").clone()
             plain[key[len(prefix) :]] = copies[place]
     return plain
-
-
-def _plain(value: Any) -> Any:
-    """Built-in types in place of numpy's and of anything that ``weights_only=True`` would refuse."""
-    if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else [_plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    return str(value)

@@ -145,6 +145,14 @@ def rank_slices(
         candidates: the scans to choose from; ``None``: all.
         annotated: cases whose patients count as served already.
     """
+    best: dict[str, Suggestion] = {}
+    for slice_ in order_slices(summaries, axis, candidates):
+        best.setdefault(slice_.case, slice_)
+    return new_patients_first(best.values(), lambda suggestion: suggestion.case, annotated)
+
+
+def order_slices(summaries: Iterable[ScanSummary], axis: int, candidates: Collection[str] | None = None) -> list[Suggestion]:
+    """All slices of the candidate scans that may be suggested, the one most worth annotating first; arguments as in :func:`rank_slices`."""
     scans = sorted(summaries, key=lambda scan: scan.case)
     chosen = [scan for scan in scans if (candidates is None or scan.case in candidates) and len(scan.slices)]
     if not chosen:
@@ -155,11 +163,8 @@ def rank_slices(
     typical = typicality >= np.median(typicality)
     places = [(scan.case, int(i)) for scan in chosen for i in scan.slices]
     merit = [(not typical[n], -structure[n] if typical[n] else -typicality[n], places[n]) for n in range(len(places))]
-    best: dict[str, Suggestion] = {}
-    for n in sorted(range(len(places)), key=merit.__getitem__):
-        case, index = places[n]
-        best.setdefault(case, Suggestion(case, axis, index, float(typicality[n]), float(structure[n])))
-    return new_patients_first(best.values(), lambda suggestion: suggestion.case, annotated)
+    order = sorted(range(len(places)), key=merit.__getitem__)
+    return [Suggestion(places[n][0], axis, places[n][1], float(typicality[n]), float(structure[n])) for n in order]
 
 
 def _typicality(scan: ScanSummary, whole: np.ndarray, num_scans: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from nnunetv2_cmems.config import CMEMSConfig
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
-from nnunetv2_cmems.method.losses import deep_supervision_weights
+from nnunetv2_cmems.method.losses import weighted_scales
 from nnunetv2_cmems.method.objective import Step
 from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix, draw_deformation
 
@@ -31,9 +31,7 @@ def distillation_loss(scales: Sequence[Tensor], probabilities: Tensor, space: La
         A scalar.
     """
     total = scales[0].new_zeros((), dtype=torch.float32)
-    for logits, weight in zip(scales, deep_supervision_weights(len(scales))):
-        if weight == 0.0:
-            continue
+    for logits, weight in weighted_scales(scales):
         target = probabilities
         if logits.shape[2:] != target.shape[2:]:
             target = functional.interpolate(target, size=logits.shape[2:], mode="area")

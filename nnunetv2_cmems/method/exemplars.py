@@ -112,11 +112,6 @@ class ExemplarBank:
             self._whole = [i for i in self._whole if complete[i]]
         self._turns = {False: self._by_class(range(len(self._sources))), True: self._by_class(self._whole)}
 
-    @property
-    def shows_whole_organs(self) -> bool:
-        """Whether any exemplar is more than slices of a volume, so that organs can be cut out of it."""
-        return bool(self._whole)
-
     def _whole_source(self, image: Tensor, label: Tensor, reach: int) -> _Source:
         from nnunetv2_cmems.method.synthesis import dilate, inpaint
 

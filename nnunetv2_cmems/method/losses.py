@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -40,6 +40,11 @@ def deep_supervision_weights(num_scales: int) -> list[float]:
     return [weight / sum(raw) for weight in raw]
 
 
+def weighted_scales(scales: Sequence[Tensor]) -> Iterator[tuple[Tensor, float]]:
+    """The resolutions of a prediction, the finest first, each with its weight in the loss; those that have none are left out."""
+    return ((scale, weight) for scale, weight in zip(scales, deep_supervision_weights(len(scales))) if weight)
+
+
 def segmentation_loss(
     scales: Sequence[Tensor],
     target: Tensor,
@@ -74,9 +79,7 @@ def segmentation_loss(
         A scalar.
     """
     total = scales[0].new_zeros((), dtype=torch.float32)
-    for logits, scale_weight in zip(scales, deep_supervision_weights(len(scales))):
-        if scale_weight == 0.0:
-            continue
+    for logits, scale_weight in weighted_scales(scales):
         size = logits.shape[2:]
         scale_target = _nearest(target, size)
         scale_mask = None if mask is None else _nearest(mask, size)
@@ -161,12 +164,11 @@ def mean_squared_error(scales: Sequence[Tensor], probabilities: Tensor, mask: Te
         ``mask`` (B, *spatial) or, for regions, (B, K, *spatial) bool; result a scalar.
     """
     total = scales[0].new_zeros((), dtype=torch.float32)
-    for found, scale_weight in zip(scales, deep_supervision_weights(len(scales))):
-        if scale_weight:
-            size = found.shape[2:]
-            squares = (found - _nearest(probabilities, size)).square() * over_heads(_nearest(mask, size), found)
-            squared, images = over_processes(squares.mean() * len(squares), squares.new_full((), len(squares)))
-            total = total + scale_weight * squared / images
+    for found, scale_weight in weighted_scales(scales):
+        size = found.shape[2:]
+        squares = (found - _nearest(probabilities, size)).square() * over_heads(_nearest(mask, size), found)
+        squared, images = over_processes(squares.mean() * len(squares), squares.new_full((), len(squares)))
+        total = total + scale_weight * squared / images
     return total
 
 

@@ -137,23 +137,23 @@ class MutualNetworks(nn.Module):
                 self.members.append(self._makers[0]())
             del self.members[count:]
             for i, member in enumerate(self.members):
-                self.members[i] = self._of_shape(_shapes(state_dict, f"members.{i}."), member)
+                self.members[i] = self._of_shape(shapes(state_dict, f"members.{i}."), member)
         if not len(self.teachers):
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("teachers.")}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-
     def _of_shape(self, wanted: Mapping[str, torch.Size], member: nn.Module) -> nn.Module:
         """A network that weights of these shapes fit; ``member`` itself where it or none does."""
-        if _shapes(member.state_dict()) != wanted:
+        if shapes(member.state_dict()) != wanted:
             for make in self._makers:
                 other = make()
-                if _shapes(other.state_dict()) == wanted:
+                if shapes(other.state_dict()) == wanted:
                     return other
         return member
 
 
-def _shapes(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, torch.Size]:
+def shapes(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, torch.Size]:
+    """The shape of each tensor whose name begins with ``prefix``, by the rest of its name."""
     return {key[len(prefix) :]: value.shape for key, value in state_dict.items() if key.startswith(prefix)}
 
 

@@ -153,11 +153,7 @@ class Objective:
         """
         config, members = self.config, range(self.config.num_members)
         with torch.no_grad():
-            crops = given = None
-            if unlabelled is not None and labels is None:
-                crops = self.unlabelled_crops(unlabelled)
-            elif unlabelled is not None and labels is not None:
-                crops, given = self.labelled_crops(unlabelled, labels)
+            crops, given = (None, None) if unlabelled is None else self.unlabelled_crops(unlabelled, labels)
             supervised = [self.supervised_batch(crops, offsets) for _ in members]
             u_w = u_s = None
             if config.uses_unlabelled and crops is not None:
@@ -203,17 +199,23 @@ class Objective:
         total = torch.stack([weights[name] * torch.stack(losses).sum() for name, losses in terms.items()]).sum()
         return Step(total, {name: torch.stack(losses).mean().detach() for name, losses in terms.items()}, statistics)
 
-    def unlabelled_crops(self, unlabelled: Tensor) -> Tensor:
-        """The crop that all views of an unlabelled image share: (U, C, *larger) to (U, C, *patch)."""
-        return deform(unlabelled, self.bank.draw_deformation(len(unlabelled), self.config.unlabelled_views))
+    def unlabelled_crops(self, unlabelled: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The crop that all views of an unlabelled image share, and the same part of its labels where it has any.
 
-    def labelled_crops(self, unlabelled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`unlabelled_crops` and the same parts of labels in head space, -1 where there are none."""
-        move = self.bank.draw_deformation(len(unlabelled), self.config.unlabelled_views)
-        grid = sampling_grid(unlabelled.shape[2:], move)
+        Args:
+            unlabelled: (U, C, *larger).
+            labels: (U, *larger) classes, or (U, R, *larger) regions, -1 where there are none.
+
+        Returns:
+            (U, C, *patch), and int64 (U, *patch) or (U, R, *patch), or None where ``labels`` is.
+        """
+        grid = sampling_grid(unlabelled.shape[2:], self.bank.draw_deformation(len(unlabelled), self.config.unlabelled_views))
+        crops = sample(unlabelled, grid)
+        if labels is None:
+            return crops, None
         found = labels if labels.ndim == unlabelled.ndim else labels[:, None]  # the heads, as channels
         moved = sample(found.float() + 1, grid, nearest=True).long() - 1  # beyond the crop nothing is known
-        return sample(unlabelled, grid), moved if found is labels else moved[:, 0]
+        return crops, moved if found is labels else moved[:, 0]
 
     def supervised_batch(self, crops: Tensor | None, offsets: Tensor | None = None) -> Supervised:
         """Exemplar views and synthetic pairs for one member; ``crops`` serve Ω as backgrounds."""

@@ -28,21 +28,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from nnunetv2_cmems.config import CMEMSConfig
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.files import environment
+from nnunetv2_cmems.files import environment, read_json
 from nnunetv2_cmems.method.networks import splits
 from nnunetv2_cmems.method.objective import Batches, passes_per_step
 from nnunetv2_cmems.study.grid import Fold, read_plans
 from nnunetv2_cmems.study.methods import find_trainer
 from nnunetv2_cmems.study.run import versions
+from nnunetv2_cmems.trainers.distributed import unwrapped
+from nnunetv2_cmems.trainers.faults import end_workers
 
 STOCK = "nnUNetTrainer"
 _WARM_UP = 3
@@ -116,7 +116,7 @@ def measure(spec: SpeedSpec) -> dict[str, Any]:
             loaded = _time_loaded(stock, ours, spec, bar.update)
             example, config, batches = _example(ours), ours._objective.config, ours._objective.batches
             passes = [passes_of_last_step(config, batches, decoder_share(member, example)) for member in ours.mutual_networks.members]
-            costs = [operations(member, example) / operations(_plain(stock.network), example) for member in ours.mutual_networks.members]
+            costs = [operations(member, example) / operations(unwrapped(stock.network), example) for member in ours.mutual_networks.members]
             share = decoder_share(ours.mutual_networks.members[0], example)
             weighted = statistics.fmean(count * cost for count, cost in zip(passes, costs))
             return {
@@ -229,10 +229,6 @@ def operations(network: nn.Module, image: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def _plain(network: Any) -> Any:
-    return network._orig_mod if isinstance(network, OptimizedModule) else network
-
-
 def _example(trainer: Any) -> Tensor:
     return torch.zeros(1, trainer.num_input_channels, *trainer.configuration_manager.patch_size, device=trainer.device)
 
@@ -333,8 +329,7 @@ def _aside() -> Iterator[None]:
 @contextlib.contextmanager
 def _running(spec: SpeedSpec, name: str) -> Iterator[Any]:
     """A trainer before its first step, its loaders working; they are stopped at the end."""
-    with open(os.path.join(spec.folder, "dataset.json"), encoding="utf-8") as file:
-        dataset_json = json.load(file)
+    dataset_json = read_json(os.path.join(spec.folder, "dataset.json"))
     plans = {**read_plans(os.path.join(spec.folder, f"{spec.plans}.json")), "continue_training": False}
     fold = spec.fold if spec.fold == "all" else int(spec.fold)
     trainer = find_trainer(name)(plans, spec.configuration, fold, dataset_json, torch.device(spec.device))
@@ -343,9 +338,7 @@ def _running(spec: SpeedSpec, name: str) -> Iterator[Any]:
         trainer.on_train_epoch_start()
         yield trainer
     finally:
-        for loader in (trainer.dataloader_train, trainer.dataloader_val):
-            if isinstance(loader, NonDetMultiThreadedAugmenter):
-                loader._finish()
+        end_workers(trainer.dataloader_train, trainer.dataloader_val)
 
 
 def _alone(spec: SpeedSpec, name: str) -> dict[str, float]:
@@ -399,7 +392,7 @@ def peak_memory(trainer: Any, step: Callable[[], Any]) -> float:
 
 def _resident(trainer: Any) -> Sequence[Tensor]:
     """The tensors that stay between two steps, each once."""
-    network = _plain(trainer.network)
+    network = unwrapped(trainer.network)
     found = [*network.parameters(), *network.buffers()]
     found += [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     found += [value for state in trainer.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

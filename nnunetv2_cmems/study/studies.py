@@ -12,13 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from nnunetv2_cmems.config import CMEMSConfig, ExemplarSpec, IntensityConfig, with_overrides
 from nnunetv2_cmems.data.annotation import AXES
 from nnunetv2_cmems.data.exemplar import list_candidates, rank_exemplars
 from nnunetv2_cmems.data.raw import open_raw, quiet_itk
-from nnunetv2_cmems.data.suggestion import ScanSummary, rank_slices, summarise_dataset
+from nnunetv2_cmems.data.suggestion import ScanSummary, order_slices, summarise_dataset
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.study.grid import Fold, Grid, read_plans, to_dict
 from nnunetv2_cmems.study.methods import OURS, Exemplar, Method, plain_method, variant
@@ -282,24 +280,8 @@ def suggestion_ranks(fold: Fold) -> tuple[dict[tuple[str, int | None], int], int
 
 
 def suggestion_order(summaries: Sequence[ScanSummary], axis: int) -> list[tuple[str, int | None]]:
-    """All slices that ``suggest`` may name, the best first: :func:`rank_slices` without "one slice of each scan"."""
-    one_each = []
-    for scan in summaries:
-        for i in range(len(scan.slices)):
-            one = slice(i, i + 1)
-            alone = dataclasses.replace(scan, slices=scan.slices[one], looks=scan.looks[one], structure=scan.structure[one])
-            others = [other if other is not scan else alone for other in summaries]
-            one_each += rank_slices(others, axis, [scan.case])
-    if not one_each:
-        return []
-    middle = np.median([slice_.typicality for slice_ in one_each])
-    return [
-        (slice_.case, slice_.slice)
-        for slice_ in sorted(
-            one_each,
-            key=lambda s: (s.typicality < middle, -s.structure if s.typicality >= middle else -s.typicality, s.case, s.slice),
-        )
-    ]
+    """All slices that ``suggest`` may name, the best first: not one of each scan alone."""
+    return [(slice_.case, slice_.slice) for slice_ in order_slices(summaries, axis)]
 
 
 def _of_config(grid: Grid, name: str, question: str, variants: Mapping[Value, Mapping[str, Any]]) -> Study:

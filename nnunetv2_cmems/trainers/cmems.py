@@ -69,6 +69,7 @@ from nnunetv2_cmems.trainers.hidden_labels import CONFIDENCES, HiddenLabels
 from nnunetv2_cmems.trainers.history import History
 from nnunetv2_cmems.trainers.host_memory import keep_freed_memory
 from nnunetv2_cmems.trainers.optimizer import WarmedUpPoly
+from nnunetv2_cmems.trainers.prediction import predicting
 from nnunetv2_cmems.trainers.snapshot import draw_snapshot
 
 _predict_with_one_network = nnUNetPredictor.predict_sliding_window_return_logits
@@ -575,16 +576,9 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         cases = self._find_unlabelled(self.preprocessed_dataset(), training, annotated, validation)
         if not cases:
             return
-        self.set_deep_supervision_enabled(False)
-        self.network.eval()
-        on_device = self.device.type == "cuda"
-        predictor = nnUNetPredictor(device=self.device, perform_everything_on_device=on_device, allow_tqdm=False)
-        predictor.manual_initialization(
-            distributed.without_talk(self.network), self.plans_manager, self.configuration_manager, None, self.dataset_json,
-            type(self).__name__, self.inference_allowed_mirroring_axes,
-        )  # fmt: skip
         chosen = {case: cases[case] for case in sample(list(cases))}
-        looks = look_at(chosen, self.mutual_networks, predictor, _predict_with_one_network, self.label_space, self.label_manager)
+        with predicting(self, mirroring=True) as predictor:
+            looks = look_at(chosen, self.mutual_networks, predictor, _predict_with_one_network, self.label_space, self.label_manager)
         draw_looks(path, looks, self._class_names())
         self.print_to_log_file(f"A look at {len(looks)} unlabelled scans: {path}")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_cmems.config import CMEMSConfig
+from nnunetv2_cmems.trainers.distributed import without_talk
 
 
 def phases(config: CMEMSConfig) -> list[float]:
@@ -25,8 +26,7 @@ def rehearse(network: Any, objective: Any, unlabelled: Tensor | None, offsets: T
 
     Without it the training would stop for a new compilation when the consistency terms begin. Random numbers are drawn.
     """
-    whole = getattr(network, "module", network)  # inside of DistributedDataParallel
-    if not isinstance(whole, OptimizedModule):
+    if not isinstance(without_talk(network), OptimizedModule):
         return
     network.train()
     for progress in phases(objective.config):

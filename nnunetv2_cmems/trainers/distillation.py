@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from nnunetv2_cmems.files import environment, nnunet_folder
 from nnunetv2_cmems.method.distillation import Distillation
 from nnunetv2_cmems.method.networks import MutualNetworks, count_members
 from nnunetv2_cmems.trainers.cmems import RECORD, nnUNetTrainerCMEMS
-from nnunetv2_cmems.trainers.faults import one_sentence, out_of_memory
+from nnunetv2_cmems.trainers.faults import end_workers, one_sentence, out_of_memory
 
 NO_FOLDER = "a student is trained on the preprocessed scans that its teachers were trained on"
 
@@ -133,8 +132,7 @@ class Student(nnUNetTrainerCMEMS):
             for _ in tqdm(range(self.num_iterations_per_epoch), desc="Distilling"):
                 self.train_step(next(batches))
         finally:
-            if isinstance(batches, NonDetMultiThreadedAugmenter):
-                batches._finish()
+            end_workers(batches)
 
     def _stop_at_nan(self, broken: Sequence[str]) -> None:
         try:

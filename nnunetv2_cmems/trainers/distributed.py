@@ -18,7 +18,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.method.losses import deep_supervision_weights
+from nnunetv2_cmems.method.losses import weighted_scales
 from nnunetv2_cmems.method.objective import Batches
 
 Value = TypeVar("Value")
@@ -106,7 +106,7 @@ def leave_out_unreached(members: Sequence[nn.Module], image: Tensor) -> None:
         member.eval()  # running statistics stay as they are
         output: Any = member(image)
         scales = list(output) if isinstance(output, (list, tuple)) else [output]
-        used = [scale.sum() for scale, weight in zip(scales, deep_supervision_weights(len(scales))) if weight]
+        used = [scale.sum() for scale, _ in weighted_scales(scales)]
         parameters = [parameter for parameter in member.parameters() if parameter.requires_grad]
         for parameter, gradient in zip(parameters, torch.autograd.grad(used, parameters, allow_unused=True)):
             parameter.requires_grad_(gradient is not None)

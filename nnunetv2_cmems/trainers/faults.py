@@ -220,10 +220,15 @@ def workers_stopped(trainer: Any) -> Iterator[None]:
     try:
         yield
     except Exception:
-        for loader in (trainer.dataloader_train, trainer.dataloader_val):
-            if hasattr(loader, "_finish"):  # as nnU-Net ends them
-                loader._finish()
+        end_workers(trainer.dataloader_train, trainer.dataloader_val)
         raise
+
+
+def end_workers(*loaders: Any) -> None:
+    """End the worker processes of batchgenerators' loaders, as nnU-Net does. Anything else, such as None, has none."""
+    for loader in loaders:
+        if hasattr(loader, "_finish"):
+            loader._finish()
 
 
 def out_of_memory(error: BaseException | None) -> bool:

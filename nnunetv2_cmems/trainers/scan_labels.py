@@ -7,12 +7,11 @@ checkpoint has behind it is made again, so that a training that goes on ends as 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from nnunetv2_cmems.method.perturbations import rotation_planes
 from nnunetv2_cmems.method.refinement import in_one_piece, largest_pieces, refine
 from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.first_look import sample
+from nnunetv2_cmems.trainers.prediction import predicting
 
 FOLDER = "scan_labels"
 """In the fold's folder."""
@@ -80,7 +80,7 @@ class ScanLabels:
         distributed.wait_for_all()
         mine = list(self._cases)[trainer.local_rank :: distributed.count_processes()]
         scores: list[np.ndarray] = []
-        with _predicting(trainer) as predictor:
+        with predicting(trainer, mirroring=False) as predictor:
             for case in tqdm(mine, desc="Labelling whole unlabelled scans", disable=trainer.local_rank > 0):
                 labels = self._labels_of(case, predictor)
                 _save(temporary, case, labels)
@@ -143,23 +143,6 @@ def starts(config: ScanLabelsConfig, num_epochs: int) -> list[int]:
     """The epochs that begin with a round: the first ones whose index reaches a fraction of all."""
     epochs = {math.ceil(fraction * num_epochs - 1e-6) for fraction in config.at}
     return sorted(epoch for epoch in epochs if 0 < epoch < num_epochs)
-
-
-@contextlib.contextmanager
-def _predicting(trainer: Any) -> Iterator[nnUNetPredictor]:
-    """nnU-Net's sliding window without mirroring; afterwards the networks can be trained on."""
-    on_device = trainer.device.type == "cuda"
-    predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, perform_everything_on_device=on_device, allow_tqdm=False)
-    predictor.manual_initialization(
-        distributed.without_talk(trainer.network), trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
-        type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
-    )  # fmt: skip
-    trainer.set_deep_supervision_enabled(False)
-    try:
-        yield predictor
-    finally:
-        trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
-        trainer.network.train()
 
 
 def _save(folder: str, case: str, labels: np.ndarray) -> None:

@@ -34,7 +34,7 @@ def draw_snapshot(
         class_names: the name of each label.
     """
     config = objective.config
-    crops = None if unlabelled is None else objective.unlabelled_crops(unlabelled)
+    crops = None if unlabelled is None else objective.unlabelled_crops(unlabelled)[0]
     pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     while objective.batches.synthetic and len(pairs) < 4:
         synthetic = objective.synthetic_batch(crops, offsets)
