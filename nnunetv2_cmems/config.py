@@ -190,14 +190,17 @@ class ScanLabelsConfig:
             both consistency terms are switched off; ``consistency`` must be ``"pseudo_label"``.
         appearance: weight of the grey values' log-likelihood beside what the members say. 0: their grey values do not count.
         smoothing: sigma, in voxels, of the blur of what the members say; within slices for 2D configurations and thick slices. 0: none.
-        largest_piece: keep only the largest connected piece of the foreground where every exemplar's foreground is one piece, and so for
-            each class.
+        growth: how far organs may grow over what no edge separates from them, as a fraction of the patch's shorter side. 0: not at all.
+        largest_piece: keep only the largest connected piece of the foreground where the annotated volume's foreground is one piece, and
+            so for each class. Where only slices are annotated, pieces at least half as large as the largest one are kept, too: a slice
+            may show one of two organs.
         most_scans: so many scans get labels at most, evenly spread over the cases; the others are taught as before.
     """
 
     at: tuple[float, ...] = _between(0.0, 1.0, ())
     appearance: float = _between(0.0, 1.0, 0.7)
     smoothing: float = _between(0.0, 20.0, 2.0)
+    growth: float = _between(0.0, 1.0, 0.07)
     largest_piece: bool = True
     most_scans: int = _between(2, 10**6, 200)
 

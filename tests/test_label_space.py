@@ -75,3 +75,12 @@ def test_weights() -> None:
     expected = [0.5 / 0.6, 0.5 / 0.4, 0.5 / 0.9, 0.5 / 0.1, 1.0, 1.0]  # what is never shown weighs like what is
     assert weights.flatten().tolist() == pytest.approx(expected)
     assert torch.equal(space.weights(labels, 0.0), torch.ones(3, 2))
+
+
+@DIMENSIONS
+def test_certain_probabilities_decide_for_the_same_labels(d: int) -> None:
+    for space, labels in ((CLASSES, row([0, 1, 2, 1], d).to(torch.int8)), (REGIONS, REGIONS.target(row(LABELS, d)).to(torch.int8))):
+        probabilities = space.certain(labels)
+        assert probabilities.shape == (1, 3, *labels.shape[-d:]) and set(probabilities.unique().tolist()) == {0.0, 1.0}
+        decided = space.decide(probabilities, 1.0)
+        assert torch.equal(decided.labels.to(torch.int8), labels) and decided.confident.all()

@@ -165,24 +165,34 @@ def test_regions_in_one_piece() -> None:
 def test_only_the_largest_piece_stays() -> None:
     labels = torch.from_numpy(label((2, slice(2, 9)), (1, slice(4, 6)), (1, slice(7, 8)), (1, slice(12, 14)))).to(torch.int8)
     kept = labels.clone()
-    whole = largest_pieces(labels, (True, False, False), CLASSES)
+    whole = largest_pieces(labels, (True, False, False), 1.0, CLASSES)
     assert (whole[:, 12:, 12:] == 0).all() and torch.equal(whole[:, :12, :12], labels[:, :12, :12])
-    each = largest_pieces(labels, (True, True, True), CLASSES)
+    each = largest_pieces(labels, (True, True, True), 1.0, CLASSES)
     assert (each[:, 7, 7] == 0).all() and (each[:, 4:6, 4:6] == 1).all() and (each[:, 2, 2] == 2).all()
-    assert torch.equal(largest_pieces(labels, (False, False, False), CLASSES), labels) and torch.equal(labels, kept)
-    assert torch.equal(largest_pieces(labels * 0, (True, True, True), CLASSES), labels * 0)
+    assert torch.equal(largest_pieces(labels, (False, False, False), 1.0, CLASSES), labels) and torch.equal(labels, kept)
+    assert torch.equal(largest_pieces(labels * 0, (True, True, True), 1.0, CLASSES), labels * 0)
 
 
 def test_pieces_hang_together_across_slices() -> None:
     labels = torch.zeros(3, 20, 20, dtype=torch.int8)
     labels[0, 2:6, 2:6], labels[1, 2:6, 2:6] = 1, 1
     labels[2, 10:15, 10:15] = 1  # the largest within a slice, but not in space
-    assert largest_pieces(labels, (True, True, True), CLASSES).nonzero()[:, 0].unique().tolist() == [0, 1]
+    assert largest_pieces(labels, (True, True, True), 1.0, CLASSES).nonzero()[:, 0].unique().tolist() == [0, 1]
 
 
 def test_pieces_of_regions() -> None:
     labels = torch.from_numpy(label((2, slice(2, 9)), (1, slice(4, 6)), (1, slice(7, 8)), (2, slice(12, 14)))).long()
     heads = REGIONS.target(labels[None])[0].to(torch.int8)
-    found = largest_pieces(heads, (True, True, True), REGIONS)
+    found = largest_pieces(heads, (True, True, True), 1.0, REGIONS)
     assert (found[0, :, 2:9, 2:9] == 1).all() and found[0, :, 12:].sum() == 0, "only what is apart from the foreground goes"
     assert (found[1, :, 7, 7] == 0).all() and (found[1, :, 4:6, 4:6] == 1).all()
+
+
+def test_pieces_nearly_as_large_as_the_largest_may_stay() -> None:
+    """An exemplar slice that shows one kidney says nothing about the other."""
+    labels = torch.zeros(1, 20, 20, dtype=torch.int8)
+    labels[0, 2:6, 2:6], labels[0, 2:6, 10:13], labels[0, 12:14, 2:5] = 1, 1, 1  # 16, 12 and 6 voxels
+    for share, left in ((0.3, 34), (0.5, 28), (0.8, 16), (1.0, 16)):
+        assert largest_pieces(labels, (True, True, True), share, CLASSES).sum() == left
+    labels[0, 2:6, 13] = 1
+    assert largest_pieces(labels, (False, True, False), 1.0, CLASSES).sum() == 16, "one of two equal ones"

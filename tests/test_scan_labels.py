@@ -83,7 +83,7 @@ def test_a_training_with_a_round(workspace: Workspace, prepare: Callable[[Worksp
 
 
 def test_labels_are_the_members_refined_mean(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "appearance": 0.0, "smoothing": 0.0, "largest_piece": False}})
+    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}})
     found = {}
     make = rounds.ScanLabels._make
 
@@ -97,6 +97,22 @@ def test_labels_are_the_members_refined_mean(workspace: Workspace, monkeypatch: 
     monkeypatch.setattr(rounds.ScanLabels, "_make", remembered)
     workspace.train()
     assert np.array_equal(found["labels"], found["expected"])
+
+
+@pytest.mark.parametrize("prepare", [lambda workspace: {}, with_regions], ids=["classes", "regions"])
+def test_labels_grow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Workspace], dict[str, Any]]) -> None:
+    """What grows is refined again, together with what the members say; the reach is a share of the patch's side."""
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(rounds, "grow", lambda labels, *rest: (seen.append((labels, *rest)), torch.ones_like(labels))[1])
+    config = {"appearance": 0.0, "smoothing": 0.0, "largest_piece": False}
+    for growth, grown in ((0.0, False), (0.25, True)):
+        workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "growth": growth, **config}})
+        trainer = workspace.make(**prepare(workspace))
+        trainer.on_train_end = lambda: None
+        trainer.run_training()
+        labels = np.load(folder(workspace) / "epoch_1" / f"{UNLABELLED[0]}.npy")
+        assert bool((labels == 1).all()) == grown == bool(seen)
+    assert len(seen) == len(UNLABELLED) and all(reach == 8 and planar for _, _, reach, _, planar in seen)
 
 
 def test_the_folder_goes_after_the_final_checkpoint(workspace: Workspace) -> None:
@@ -119,6 +135,27 @@ def test_switched_off_nothing_changes(workspace: Workspace) -> None:
     assert not any("scan_label" in key for key in logs(trained[0]))
     workspace.configure(**ON)
     assert not same_weights(weights(workspace.train()), weights(trained[0]))
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["2d", "3d"])
+@pytest.mark.parametrize("whole", [False, True], ids=["slice", "volume"])
+def test_what_the_annotation_says_about_pieces(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, whole: bool, deep: bool) -> None:
+    """A class that each slice shows in one piece may have two in the volume; a single slice cannot know."""
+    case = EXEMPLAR["case"]
+    label = workspace.label(case)
+    value = 3
+    label[label == value] = 0
+    label[0, 0, :4, :4] = label[0, 4, -4:, -4:] = value
+    workspace.set_label(case, label)
+    workspace.configure(**{**ON, "exemplar": [{"case": case} if whole else EXEMPLAR], "allow_missing_classes": True})
+    trainer = workspace.make(**(in_three_dimensions(workspace) if deep and whole else {}))
+    trainer.initialize()
+    trainer.get_dataloaders()
+    volumes = rounds.whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
+    assert len(volumes) == whole and trainer._scan_labels._share == (1.0 if whole else 0.5)
+    if whole:
+        assert volumes[0].shape == label.shape[1:] and np.array_equal(volumes[0] == value, label[0] == value)
+        assert not trainer._scan_labels._single[value]
 
 
 def test_a_few_scans_only(workspace: Workspace) -> None:

@@ -50,6 +50,10 @@ class LabelSpace(ABC):
         """Hard labels in head space, and where their confidence reaches ``tau``."""
 
     @abstractmethod
+    def certain(self, labels: Tensor) -> Tensor:
+        """Probabilities (B, heads, *spatial), each 0 or 1, of which :meth:`decide` makes these labels in head space."""
+
+    @abstractmethod
     def confidence(self, probabilities: Tensor) -> Tensor:
         """How sure :meth:`decide` is, in the shape of its labels."""
 
@@ -82,6 +86,9 @@ class Classes(LabelSpace):
         confidence, labels = probabilities.max(1)
         return PseudoLabel(labels, confidence >= tau)
 
+    def certain(self, labels: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(labels.long(), len(self.names) + 1).movedim(-1, 1).float()
+
     def confidence(self, probabilities: Tensor) -> Tensor:
         return probabilities.amax(1)
 
@@ -112,6 +119,9 @@ class Regions(LabelSpace):
 
     def decide(self, probabilities: Tensor, tau: float) -> PseudoLabel:
         return PseudoLabel(probabilities > 0.5, self.confidence(probabilities) >= tau)
+
+    def certain(self, labels: Tensor) -> Tensor:
+        return labels.float()
 
     def confidence(self, probabilities: Tensor) -> Tensor:
         return torch.maximum(probabilities, 1 - probabilities)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from acvl_utils.morphology.morphology_helper import label_with_component_sizes, remove_all_but_largest_component
+from acvl_utils.morphology.morphology_helper import label_with_component_sizes
 from torch import Tensor
 
 from nnunetv2_cmems.config import ScanLabelsConfig
@@ -98,24 +98,25 @@ def _log_histograms(probabilities: Tensor, bins: Tensor) -> Tensor:
 
 
 def in_one_piece(labels: Sequence[np.ndarray], space: LabelSpace) -> tuple[bool, ...]:
-    """What the exemplars show in one connected piece: the foreground as a whole, then each class or region.
+    """What is shown in one connected piece: the foreground as a whole, then each class or region.
 
-    True where every exemplar that shows it at all does so, and there is one; exemplars are slices or volumes, each looked at alone.
+    True where every label map that shows it at all does so, and there is one; each slice or volume is looked at alone.
 
     Args:
-        labels: the exemplars' label maps, of any shape.
+        labels: label maps of slices or volumes.
         space: what the networks' heads mean.
     """
     shown = [[_pieces(mask) for mask in _masks(space.target(torch.from_numpy(np.asarray(label)[None])), space)] for label in labels]
     return tuple(max(counts) == 1 for counts in zip(*shown))
 
 
-def largest_pieces(labels: Tensor, single: Sequence[bool], space: LabelSpace) -> Tensor:
-    """Labels without what is apart from the largest connected piece; what is removed becomes background.
+def largest_pieces(labels: Tensor, single: Sequence[bool], share: float, space: LabelSpace) -> Tensor:
+    """Labels without the connected pieces that are small beside the largest one; these become background.
 
     Args:
         labels: (Z, Y, X) classes, or (R, Z, Y, X) regions; integers.
         single: from :func:`in_one_piece`: first the foreground is cut down, then each class or region that has one piece.
+        share: pieces with fewer voxels than this share of the largest one's are removed; 1: all but the largest.
         space: what the heads mean.
 
     Returns:
@@ -125,7 +126,7 @@ def largest_pieces(labels: Tensor, single: Sequence[bool], space: LabelSpace) ->
     for index, is_single in enumerate(single):
         if is_single:
             mask = next(mask for i, mask in enumerate(_masks(labels[None], space)) if i == index)[0]
-            apart = torch.from_numpy(mask & ~remove_all_but_largest_component(mask))
+            apart = torch.from_numpy(mask & ~_large_pieces(mask, share))
             where = labels if index == 0 or not isinstance(space, Regions) else labels[index - 1]
             where.masked_fill_(apart, 0)
     return labels
@@ -135,6 +136,17 @@ def _masks(labels: Tensor, space: LabelSpace) -> Iterator[np.ndarray]:
     """The foreground, then each class or region, of labels in head space."""
     yield torch.stack(list(space.masks(labels))).any(0).numpy()
     yield from (mask.numpy() for mask in space.masks(labels))
+
+
+def _large_pieces(mask: np.ndarray, share: float) -> np.ndarray:
+    """The pieces (diagonal neighbours are connected) of a mask (Z, Y, X) that have ``share`` of the largest one's voxels; of equal ones
+    with a share of 1 the first."""
+    pieces, sizes = label_with_component_sizes(mask)
+    if not sizes:
+        return mask
+    largest = max(sizes, key=lambda piece: sizes[piece])
+    kept = [piece for piece, size in sizes.items() if piece == largest or (share < 1 and size >= share * sizes[largest])]
+    return np.isin(pieces, kept)
 
 
 def _pieces(mask: np.ndarray) -> int:

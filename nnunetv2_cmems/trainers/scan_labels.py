@@ -11,19 +11,21 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
 from tqdm import tqdm
 
 from nnunetv2_cmems.config import ScanLabelsConfig
-from nnunetv2_cmems.data.exemplar import PreprocessedDataset
+from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset
 from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
-from nnunetv2_cmems.data.unlabelled import read_image
+from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.method.growth import grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
 from nnunetv2_cmems.method.perturbations import rotation_planes
@@ -34,6 +36,13 @@ from nnunetv2_cmems.trainers.prediction import predicting
 
 FOLDER = "scan_labels"
 """In the fold's folder."""
+
+SHARE_OF_A_SLICE = 0.5
+"""What an exemplar slice shows in one piece may have two in a scan, of which the slice crosses one: pieces that are at least half as large
+as the largest are kept. A whole annotated volume says how many there are."""
+
+CONFIDENCE_IN_GROWTH = 0.7
+"""Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
 
 
 class ScanLabels:
@@ -48,8 +57,11 @@ class ScanLabels:
         self._config: ScanLabelsConfig = trainer.config.scan_labels
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in sample(list(cases), self._config.most_scans)}
-        self._single = in_one_piece([exemplar.label for exemplar in trainer.exemplars], self._space)
+        volumes = whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
+        self._single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
+        self._share = 1.0 if volumes else SHARE_OF_A_SLICE
         self._planar = len(rotation_planes(trainer.configuration_manager.spacing)) == 1
+        self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
         self.begins = starts(self._config, trainer.num_epochs)
@@ -102,11 +114,31 @@ class ScanLabels:
         """int8 in head space, (Z, Y, X) or (R, Z, Y, X)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
         logits = predictor.predict_sliding_window_return_logits(image).cpu()  # the members' mean
-        probabilities = refine(self._space.probabilities(logits[None])[0], image, self._config, self._space, self._planar)
-        labels = self._space.decide(probabilities[None], 0.0).labels[0].to(torch.int8)
-        if self._config.largest_piece:
-            labels = largest_pieces(labels, self._single, self._space)
+        probabilities = self._space.probabilities(logits[None])[0]
+        labels = self._refined(probabilities, image)
+        if self._reach > 0:
+            grown = self._space.certain(grow(labels, image, self._reach, self._space, self._planar)[None])[0]
+            labels = self._refined(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image)
         return labels.numpy()
+
+    def _refined(self, probabilities: Tensor, image: Tensor) -> Tensor:
+        """Decisions about a scan, int8, without small pieces."""
+        refined = refine(probabilities, image, self._config, self._space, self._planar)
+        labels = self._space.decide(refined[None], 0.0).labels[0].to(torch.int8)
+        return largest_pieces(labels, self._single, self._share, self._space) if self._config.largest_piece else labels
+
+
+def whole_volumes(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[np.ndarray]:
+    """The label maps (Z, Y, X) of the cases that are annotated as a whole, also where a 2D training takes them slice by slice."""
+    found = [exemplar.label for exemplar in exemplars if exemplar.index is None and exemplar.plane is None]
+    cases: dict[str, dict[int, np.ndarray]] = {}
+    for exemplar in exemplars:
+        if exemplar.index is not None:
+            cases.setdefault(exemplar.case, {})[exemplar.index] = exemplar.label
+    for case, slices in cases.items():
+        if len(slices) == open_image(case, dataset).shape[1] > 1:
+            found.append(np.stack([slices[index] for index in sorted(slices)]))
+    return found
 
 
 def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels | None:

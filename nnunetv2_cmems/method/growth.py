@@ -1,0 +1,108 @@
+"""Organs that reach on to the next edge of the scan.
+
+Networks that know an organ from one slice draw that slice's shape everywhere: too small where the organ is larger, with full
+confidence. The organ's grey values then go on beyond a border that runs through its middle, and change at the true one.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from scipy import ndimage
+from skimage.segmentation import random_walker
+from torch import Tensor
+
+from nnunetv2_cmems.method.label_space import LabelSpace, Regions
+
+EDGE = 2.0
+"""How much steeper grey values must be along the border that a piece brings than along the one that it replaces."""
+
+_BETA = 200.0  # how much random walkers avoid edges, for images whose standard deviation is 1
+_STEEPNESS = 0.7  # sigma, in voxels, of the Gaussian whose gradient is taken
+_TOLERANCE = 1e-2  # of the walkers' probabilities, of which only the largest counts
+_FLAT = 1e-3  # standard deviation below which an image has no edges
+
+
+def grow(labels: Tensor, image: Tensor, reach: float, space: LabelSpace, planar: bool) -> Tensor:
+    """Labels whose organs reach on over background that no edge separates from them. No random numbers are drawn.
+
+    Random walkers (Grady, IEEE TPAMI 28, 2006), which avoid edges, start from each organ without its outermost voxels, and from all
+    that lies farther away from organs than ``reach``. Background that an organ's walkers are the likeliest to be in is a candidate. Each
+    connected piece of it joins the organ if grey values are :data:`EDGE` times as steep along the border that the organ gets by it
+    as along the one that it has. Nothing is taken away from an organ. Regions grow each on its own.
+
+    Args:
+        labels: (Z, Y, X) classes, or (R, Z, Y, X) regions; integers.
+        image: (C, Z, Y, X), the preprocessed scan.
+        reach: how far organs may grow, in voxels.
+        space: what the networks' heads mean.
+        planar: slice by slice.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    if isinstance(space, Regions):
+        return torch.stack([_grown(region, image, reach, planar) for region in labels])
+    return _grown(labels, image, reach, planar)
+
+
+def _grown(labels: Tensor, image: Tensor, reach: float, planar: bool) -> Tensor:
+    found, grey = labels.numpy().copy(), image.numpy()
+    for part in range(len(found)) if planar else (slice(None),):
+        found[part] = _to_the_next_edge(found[part], grey[:, part], reach)
+    return torch.from_numpy(found)
+
+
+def _to_the_next_edge(labels: np.ndarray, image: np.ndarray, reach: float) -> np.ndarray:
+    """:func:`grow` for classes (*spatial) of one slice or volume (C, *spatial)."""
+    if not labels.any() or image.min() == image.max():
+        return labels
+    distance = ndimage.distance_transform_edt(labels == 0)
+    (box,) = ndimage.find_objects((distance <= reach + 2).astype(np.uint8))
+    near, grey = labels[box], image[(slice(None), *box)]
+    walked = _walk(near, grey / max(float(grey.std()), _FLAT), distance[box] > reach)
+    steepness = sum(ndimage.gaussian_gradient_magnitude(channel, _STEEPNESS) for channel in grey)
+    grown = near.copy()
+    for organ in np.unique(near[near > 0]):
+        pieces, count = ndimage.label((near == 0) & (walked == organ))
+        for index, place in enumerate(ndimage.find_objects(pieces, count), 1):
+            around = tuple(slice(max(0, side.start - 2), side.stop + 2) for side in place)
+            piece = pieces[around] == index
+            if _ends_at_an_edge(piece, near[around], int(organ), steepness[around]):
+                grown[around][piece] = organ
+    result = labels.copy()
+    result[box] = grown
+    return result
+
+
+def _walk(labels: np.ndarray, image: np.ndarray, far: np.ndarray) -> np.ndarray:
+    """The label whose walkers are the likeliest in each voxel; background, 0, starts where it is ``far``."""
+    seeds = np.zeros(labels.shape, dtype=np.int32)
+    for organ in np.unique(labels[labels > 0]):
+        seeds[ndimage.binary_erosion(labels == organ)] = organ
+    background = int(labels.max()) + 1
+    seeds[far] = background
+    values = np.unique(seeds[seeds > 0])
+    if len(values) < 2 or seeds.all():
+        return labels
+    order = np.searchsorted(values, seeds) + 1  # numbered without gaps
+    order[seeds == 0] = 0
+    with warnings.catch_warnings():  # where there is nothing but noise, nothing converges
+        warnings.simplefilter("ignore", UserWarning)
+        walked = random_walker(image, order, beta=_BETA, mode="cg_j", tol=_TOLERANCE, channel_axis=0)
+    named = values[walked - 1]
+    return np.where(named == background, 0, named)
+
+
+def _ends_at_an_edge(piece: np.ndarray, labels: np.ndarray, organ: int, steepness: np.ndarray) -> bool:
+    """Whether the border between a piece and what stays background is :data:`EDGE` times as steep as the one to the organ."""
+    ring = ndimage.binary_dilation(piece) & ~piece
+    both_sides = []
+    for other in (ring & (labels == organ), ring & (labels == 0)):
+        if not other.any():
+            return False
+        both_sides.append(float(steepness[other | (ndimage.binary_dilation(other) & piece)].mean()))
+    old, new = both_sides
+    return new > EDGE * old
