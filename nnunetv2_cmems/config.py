@@ -197,7 +197,7 @@ class ScanLabelsConfig:
         most_scans: so many scans get labels at most, evenly spread over the cases; the others are taught as before.
     """
 
-    at: tuple[float, ...] = _between(0.0, 1.0, ())
+    at: tuple[float, ...] = _between(0.0, 1.0, (0.3, 0.5, 0.7, 0.85))
     appearance: float = _between(0.0, 1.0, 0.7)
     smoothing: float = _between(0.0, 20.0, 2.0)
     growth: float = _between(0.0, 1.0, 0.07)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnunetv2_cmems.method import growth
 from nnunetv2_cmems.method.growth import grow
 from nnunetv2_cmems.method.label_space import Classes, Regions
 
@@ -46,6 +47,18 @@ def test_what_is_missing_up_to_the_edge_is_filled(planar: bool) -> None:
 @PLANAR
 def test_where_the_border_is_right_nothing_grows(planar: bool) -> None:
     assert torch.equal(grow(TRUTH, scan(TRUTH), 12, CLASSES, planar), TRUTH)
+
+
+@PLANAR
+def test_large_scans_are_coarser(monkeypatch: pytest.MonkeyPatch, planar: bool) -> None:
+    truth, half = (torch.cat([labels] * 4) for labels in (TRUTH, HALF))
+    seen: list[int] = []
+    walk = growth.random_walker
+    monkeypatch.setattr(growth, "random_walker", lambda image, *rest, **more: (seen.append(image[0].size), walk(image, *rest, **more))[1])
+    monkeypatch.setattr(growth, "MOST_VOXELS", most := 400 if planar else 2500)
+    found = grow(half, scan(truth), 12, CLASSES, planar)
+    assert dice(found, truth) > 0.9 and (found[half > 0] == 1).all()
+    assert len(seen) == (12 if planar else 1) and 0 < max(seen) < 1.7 * most, "sides are rounded up"
 
 
 def test_without_an_edge_farther_out_nothing_grows() -> None:

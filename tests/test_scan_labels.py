@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,35 @@ def test_a_training_with_a_round(workspace: Workspace, prepare: Callable[[Worksp
     for name in (*trainer.label_space.names, "mean"):
         before, after = logged[f"scan_label_dice/{name}"]
         assert np.isnan(before) and 0 <= after <= 1
+
+
+@pytest.mark.parametrize("prepare", [lambda workspace: {}, in_three_dimensions], ids=["2d", "3d"])
+def test_the_networks_passes_are_counted(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Workspace], dict[str, Any]]
+) -> None:
+    passes: list[int] = []
+    original = rounds.predicting
+
+    @contextlib.contextmanager
+    def watched(trainer: Any, **arguments: Any) -> Iterator[Any]:
+        with original(trainer, **arguments) as predictor:
+            hooks = [
+                member.register_forward_hook(lambda module, images, output: passes.append(len(images[0])))
+                for member in trainer.mutual_networks.members
+            ]
+            yield predictor
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(rounds, "predicting", watched)
+    workspace.configure(**ON, log_hidden_accuracy=False)
+    logged = logs(workspace.train(**prepare(workspace)))
+    assert np.isnan(logged["scan_label_passes"][0]) and logged["scan_label_passes"][1] == sum(passes) > 0
+
+
+def test_windows_overlap_by_half_and_small_images_are_padded() -> None:
+    assert rounds.count_windows((6, 70, 20), (32, 32)) == 6 * 4
+    assert rounds.count_windows((6, 70, 20), (4, 32, 32)) == 2 * 4
 
 
 def test_labels_are_the_members_refined_mean(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +192,7 @@ def test_a_few_scans_only(workspace: Workspace) -> None:
     workspace.configure(**{**ON, "num_epochs": 3, "log_hidden_accuracy": False, "scan_labels": {"at": [0.3], "most_scans": 2}})
     trainer = workspace.interrupted(2)
     assert sorted(path.stem for path in (folder(workspace) / "epoch_1").iterdir()) == [UNLABELLED[0], UNLABELLED[-1]]
-    assert not any("scan_label" in key for key in logs(trainer))
+    assert not any("scan_label_dice" in key for key in logs(trainer))
 
 
 def test_probabilities_cannot_be_compared_with_labels(workspace: Workspace) -> None:
@@ -175,7 +205,7 @@ def test_where_rounds_begin() -> None:
     assert starts(ScanLabelsConfig(at=(0.6, 0.8)), 200) == [120, 160]
     assert starts(ScanLabelsConfig(at=(0.07, 0.571)), 100) == [7, 58]
     assert starts(ScanLabelsConfig(at=(0.4, 0.5, 0.9)), 2) == [1]
-    assert starts(ScanLabelsConfig(), 10) == starts(ScanLabelsConfig(at=(0.5,)), 1) == []
+    assert starts(ScanLabelsConfig(at=()), 10) == starts(ScanLabelsConfig(at=(0.5,)), 1) == []
 
 
 @pytest.mark.parametrize("at", [[0.5, 0.5], [0.6, 0.4, 0.8], [0.0], [0.5, 1.0], [1.5], 0.5, ["a"], [True]])

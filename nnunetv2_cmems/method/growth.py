@@ -6,6 +6,7 @@ confidence. The organ's grey values then go on beyond a border that runs through
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -18,6 +19,10 @@ from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 
 EDGE = 2.0
 """How much steeper grey values must be along the border that a piece brings than along the one that it replaces."""
+
+MOST_VOXELS = 2 * 10**6
+"""Around the organs of one slice or volume; of a larger one every second (third, ...) voxel along each axis takes part, as memory grows
+with their number."""
 
 _BETA = 200.0  # how much random walkers avoid edges, for images whose standard deviation is 1
 _STEEPNESS = 0.7  # sigma, in voxels, of the Gaussian whose gradient is taken
@@ -62,7 +67,11 @@ def _to_the_next_edge(labels: np.ndarray, image: np.ndarray, reach: float) -> np
     distance = ndimage.distance_transform_edt(labels == 0)
     (box,) = ndimage.find_objects((distance <= reach + 2).astype(np.uint8))
     near, grey = labels[box], image[(slice(None), *box)]
-    walked = _walk(near, grey / max(float(grey.std()), _FLAT), distance[box] > reach)
+    step = math.ceil((near.size / MOST_VOXELS) ** (1 / near.ndim))
+    coarse = (slice(None, None, step),) * near.ndim
+    walked = _walk(near[coarse], grey[(slice(None), *coarse)] / max(float(grey.std()), _FLAT), distance[box][coarse] > reach)
+    for axis in range(near.ndim) if step > 1 else ():
+        walked = walked.repeat(step, axis).take(range(near.shape[axis]), axis)
     steepness = sum(ndimage.gaussian_gradient_magnitude(channel, _STEEPNESS) for channel in grey)
     grown = near.copy()
     for organ in np.unique(near[near > 0]):

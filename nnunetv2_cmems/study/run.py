@@ -335,7 +335,11 @@ def _passes(fold: str, spec: RunSpec) -> float | None:
     plans = PlansManager(os.path.join(os.path.dirname(fold), "plans.json"))
     batch = plans.get_configuration(spec.configuration).batch_size
     steps = config.num_epochs * config.iterations_per_epoch
-    return steps * passes_per_step(config, batch_sizes(config, batch))
+    with contextlib.suppress(OSError):
+        with open(os.path.join(fold, "cmems_history.json"), encoding="utf-8") as file:
+            labelling = json.load(file).get("scan_label_passes", [])
+        return steps * passes_per_step(config, batch_sizes(config, batch)) + sum(count for count in labelling if count)
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nnunetv2_cmems.config import CMEMSConfig, FeatureConfig, SynthesisConfig, TermConfig
+from nnunetv2_cmems.config import CMEMSConfig, FeatureConfig, ScanLabelsConfig, SynthesisConfig, TermConfig
 from nnunetv2_cmems.trainers.cmems import nnUNetTrainerCMEMS
 
 _OFF = TermConfig(enabled=False)
 _DEFAULT = CMEMSConfig()
+_NO_ROUNDS = ScanLabelsConfig(at=())
 
 
 class nnUNetTrainerCMEMS_paper(nnUNetTrainerCMEMS):
@@ -23,7 +24,7 @@ class nnUNetTrainerCMEMS_paper(nnUNetTrainerCMEMS):
 
     config = dataclasses.replace(
         _DEFAULT, architecture="plans", optimizer="sgd", final_class_weighting=1.0, competence=False,
-        synthesis=SynthesisConfig(complete_only=False),
+        synthesis=SynthesisConfig(complete_only=False), scan_labels=_NO_ROUNDS,
     )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ class nnUNetTrainerCMEMS_featureOnly(nnUNetTrainerCMEMS):
 # Public code that halves its supervised loss, (cross-entropy + Dice) / 2, has its other weights doubled here, where the
 # supervised loss is cross-entropy + Dice: the ratio of the terms is what counts.
 
-_PEER = dataclasses.replace(_DEFAULT, architecture="plans", synthetic=_OFF, feature=_OFF, competence=False)
+_PEER = dataclasses.replace(_DEFAULT, architecture="plans", synthetic=_OFF, feature=_OFF, competence=False, scan_labels=_NO_ROUNDS)
 _SAME_VIEWS: dict[str, Any] = {"strong": _DEFAULT.weak, "cutmix": 0.0}  # no strong view: the pupil sees another weak one
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch import Tensor
 from tqdm import tqdm
 
@@ -92,6 +93,7 @@ class ScanLabels:
         distributed.wait_for_all()
         mine = list(self._cases)[trainer.local_rank :: distributed.count_processes()]
         scores: list[np.ndarray] = []
+        patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
         with predicting(trainer, mirroring=False) as predictor:
             for case in tqdm(mine, desc="Labelling whole unlabelled scans", disable=trainer.local_rank > 0):
                 labels = self._labels_of(case, predictor)
@@ -103,6 +105,8 @@ class ScanLabels:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
         distributed.wait_for_all()
+        windows = sum(count_windows(open_image(case, dataset).shape[1:], patch) for case, dataset in self._cases.items())
+        trainer.history.add({"scan_label_passes": members * windows}, trainer.current_epoch)
         if scores:
             means = [column[~np.isnan(column)].sum() / max(1, (~np.isnan(column)).sum()) for column in np.stack(scores, 1)]
             names = [f"scan_label_dice/{name}" for name in (*self._space.names, "mean")]
@@ -175,6 +179,13 @@ def starts(config: ScanLabelsConfig, num_epochs: int) -> list[int]:
     """The epochs that begin with a round: the first ones whose index reaches a fraction of all."""
     epochs = {math.ceil(fraction * num_epochs - 1e-6) for fraction in config.at}
     return sorted(epoch for epoch in epochs if 0 < epoch < num_epochs)
+
+
+def count_windows(shape: Sequence[int], patch: Sequence[int]) -> int:
+    """Windows of nnU-Net's prediction of an image of (Z, Y, X) voxels, with nnU-Net's overlap of a half."""
+    sides = tuple(max(side, window) for side, window in zip(shape[-len(patch) :], patch))  # smaller ones are padded
+    steps = compute_steps_for_sliding_window(sides, tuple(patch), 0.5)
+    return math.prod(len(places) for places in steps) * (shape[0] if len(patch) == 2 else 1)
 
 
 def _save(folder: str, case: str, labels: np.ndarray) -> None:
