@@ -142,7 +142,7 @@ def test_labels_grow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prep
         trainer.run_training()
         labels = np.load(folder(workspace) / "epoch_1" / f"{UNLABELLED[0]}.npy")
         assert bool((labels == 1).all()) == grown == bool(seen)
-    assert len(seen) == len(UNLABELLED) and all(reach == 8 and planar for _, _, reach, _, planar in seen)
+    assert len(seen) == len(UNLABELLED) and all(reach == 8 and planar for _, _, reach, _, _, planar in seen)
 
 
 def test_the_folder_goes_after_the_final_checkpoint(workspace: Workspace) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 EDGE = 2.0
 """How much steeper grey values must be along the border that a piece brings than along the one that it replaces."""
 
+OPEN = 0.2
+"""Share of its border that an organ has against the background in the annotated slices, if it is to grow into it."""
+
 MOST_VOXELS = 2 * 10**6
 """Around the organs of one slice or volume; of a larger one every second (third, ...) voxel along each axis takes part, as memory grows
 with their number."""
@@ -30,18 +34,20 @@ _TOLERANCE = 1e-2  # of the walkers' probabilities, of which only the largest co
 _FLAT = 1e-3  # standard deviation below which an image has no edges
 
 
-def grow(labels: Tensor, image: Tensor, reach: float, space: LabelSpace, planar: bool) -> Tensor:
+def grow(labels: Tensor, image: Tensor, reach: float, may_grow: Sequence[bool], space: LabelSpace, planar: bool) -> Tensor:
     """Labels whose organs reach on over background that no edge separates from them. No random numbers are drawn.
 
     Random walkers (Grady, IEEE TPAMI 28, 2006), which avoid edges, start from each organ without its outermost voxels, and from all
     that lies farther away from organs than ``reach``. Background that an organ's walkers are the likeliest to be in is a candidate. Each
     connected piece of it joins the organ if grey values are :data:`EDGE` times as steep along the border that the organ gets by it
-    as along the one that it has. Nothing is taken away from an organ. Regions grow each on its own.
+    as along the one that it has. Nothing is taken away from an organ. Organs that lie within others do not grow. Regions grow each on
+    its own.
 
     Args:
         labels: (Z, Y, X) classes, or (R, Z, Y, X) regions; integers.
         image: (C, Z, Y, X), the preprocessed scan.
         reach: how far organs may grow, in voxels.
+        may_grow: which classes or regions do, from :func:`borders_on_background`.
         space: what the networks' heads mean.
         planar: slice by slice.
 
@@ -49,18 +55,37 @@ def grow(labels: Tensor, image: Tensor, reach: float, space: LabelSpace, planar:
         A tensor of the same shape.
     """
     if isinstance(space, Regions):
-        return torch.stack([_grown(region, image, reach, planar) for region in labels])
-    return _grown(labels, image, reach, planar)
+        return torch.stack([_grown(region, image, reach, {1} if may else set(), planar) for region, may in zip(labels, may_grow)])
+    return _grown(labels, image, reach, {organ for organ, may in enumerate(may_grow, 1) if may}, planar)
 
 
-def _grown(labels: Tensor, image: Tensor, reach: float, planar: bool) -> Tensor:
+def borders_on_background(labels: Sequence[np.ndarray], space: LabelSpace) -> tuple[bool, ...]:
+    """Which classes or regions have at least :data:`OPEN` of their border against the background: the others lie within organs.
+
+    What is not shown counts as bordering on it.
+
+    Args:
+        labels: the annotated slices or volumes; -1 is what is not annotated.
+        space: what the networks' heads mean.
+    """
+    borders = np.zeros((2, len(space.names)))
+    for label in labels:
+        background = label == 0
+        for index, mask in enumerate(space.masks(space.target(torch.from_numpy(np.asarray(label)[None]).long()))):
+            organ = mask[0].numpy()
+            ring = ndimage.binary_dilation(organ) & ~organ & (label >= 0)
+            borders[:, index] += (ring & background).sum(), ring.sum()
+    return tuple(bool(open_ >= OPEN * all_) for open_, all_ in borders.T)
+
+
+def _grown(labels: Tensor, image: Tensor, reach: float, organs: Collection[int], planar: bool) -> Tensor:
     found, grey = labels.numpy().copy(), image.numpy()
     for part in range(len(found)) if planar else (slice(None),):
-        found[part] = _to_the_next_edge(found[part], grey[:, part], reach)
+        found[part] = _to_the_next_edge(found[part], grey[:, part], reach, organs)
     return torch.from_numpy(found)
 
 
-def _to_the_next_edge(labels: np.ndarray, image: np.ndarray, reach: float) -> np.ndarray:
+def _to_the_next_edge(labels: np.ndarray, image: np.ndarray, reach: float, organs: Collection[int]) -> np.ndarray:
     """:func:`grow` for classes (*spatial) of one slice or volume (C, *spatial)."""
     if not labels.any() or image.min() == image.max():
         return labels
@@ -74,12 +99,12 @@ def _to_the_next_edge(labels: np.ndarray, image: np.ndarray, reach: float) -> np
         walked = walked.repeat(step, axis).take(range(near.shape[axis]), axis)
     steepness = sum(ndimage.gaussian_gradient_magnitude(channel, _STEEPNESS) for channel in grey)
     grown = near.copy()
-    for organ in np.unique(near[near > 0]):
+    for organ in organs:
         pieces, count = ndimage.label((near == 0) & (walked == organ))
         for index, place in enumerate(ndimage.find_objects(pieces, count), 1):
             around = tuple(slice(max(0, side.start - 2), side.stop + 2) for side in place)
             piece = pieces[around] == index
-            if _ends_at_an_edge(piece, near[around], int(organ), steepness[around]):
+            if _ends_at_an_edge(piece, near[around], organ, steepness[around]):
                 grown[around][piece] = organ
     result = labels.copy()
     result[box] = grown

@@ -26,7 +26,7 @@ from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset
 from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.method.growth import grow
+from nnunetv2_cmems.method.growth import borders_on_background, grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
 from nnunetv2_cmems.method.perturbations import rotation_planes
@@ -61,6 +61,7 @@ class ScanLabels:
         volumes = whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
         self._single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
         self._share = 1.0 if volumes else SHARE_OF_A_SLICE
+        self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
         self._planar = len(rotation_planes(trainer.configuration_manager.spacing)) == 1
         self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
@@ -121,7 +122,7 @@ class ScanLabels:
         probabilities = self._space.probabilities(logits[None])[0]
         labels = self._refined(probabilities, image)
         if self._reach > 0:
-            grown = self._space.certain(grow(labels, image, self._reach, self._space, self._planar)[None])[0]
+            grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
             labels = self._refined(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image)
         return labels.numpy()
 
