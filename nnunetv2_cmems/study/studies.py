@@ -146,6 +146,17 @@ def _competence(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stud
     return _of_config(grid, "competence", question, {value: known[value] for value in _names("competence", values, list(known))})
 
 
+def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study:
+    known: dict[Value, dict[str, Any]] = {
+        "none": {"scan_labels": {"at": []}},
+        "as predicted": {"scan_labels": {"appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}},
+        "refined": {"scan_labels": {"growth": 0.0}},
+        "refined and grown": {},
+    }
+    question = "Should the members label whole scans, and what should happen to these labels?"
+    return _of_config(grid, "scan_labels", question, {value: known[value] for value in _names("scan_labels", values, list(known))})
+
+
 def _exemplar(grid: Grid, values: Sequence[str] | None, sample: int | None) -> Study:
     """Every candidate slice, in an order that was drawn once, so that a larger sample includes a smaller one."""
     if values is not None:
@@ -252,6 +263,7 @@ STUDIES: dict[str, Callable[[Grid, Sequence[str] | None, int | None], Study]] = 
     "perturbation": _perturbation,
     "synthesis": _synthesis,
     "competence": _competence,
+    "scan_labels": _scan_labels,
     "exemplar": _exemplar,
     "members": _members,
     "architecture": _architecture,
