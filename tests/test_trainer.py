@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_cmems import trainers
-from nnunetv2_cmems.config import CMEMSConfig, SynthesisConfig, TermConfig
+from nnunetv2_cmems.config import CMEMSConfig, ScanLabelsConfig, SynthesisConfig, TermConfig
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS, nnUNetTrainerCMEMS_exemplarOnly
 
@@ -58,7 +58,7 @@ def damage_in(workspace: Workspace, cases: list[str]) -> None:
 
 
 def without_hidden_accuracy(logged: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return {key: values for key, values in logged.items() if not key.startswith("pseudo_label")}
+    return {key: values for key, values in logged.items() if not key.startswith(("pseudo_label", "scan_label_dice"))}
 
 
 # ------------------------------------------------------------------ what is read
@@ -205,7 +205,7 @@ def test_without_mutual_teaching_there_is_no_unlabelled_stream(workspace: Worksp
 
 def test_each_preset_changes_only_the_config() -> None:
     default = CMEMSConfig()
-    as_published: dict[str, Any] = {"architecture": "plans", "competence": False}
+    as_published: dict[str, Any] = {"architecture": "plans", "competence": False, "scan_labels": ScanLabelsConfig(at=())}
     peer: dict[str, Any] = {**as_published, "synthetic": OFF, "feature": OFF}
     same_views: dict[str, Any] = {"strong": default.weak, "cutmix": 0.0}
     slowly = TermConfig(weight=0.2, rampup=1.0, rampup_shape="gaussian")
