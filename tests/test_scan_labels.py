@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,69 @@ def test_the_networks_passes_are_counted(
     workspace.configure(**ON, log_hidden_accuracy=False)
     logged = logs(workspace.train(**prepare(workspace)))
     assert np.isnan(logged["scan_label_passes"][0]) and logged["scan_label_passes"][1] == sum(passes) > 0
+
+
+@pytest.mark.parametrize("prepare", [lambda workspace: {}, in_three_dimensions, with_regions], ids=["2d", "3d", "regions"])
+def test_only_the_surroundings_of_foreground_are_worked_on(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Workspace], dict[str, Any]]
+) -> None:
+    """The labels are those of the whole scan all the same."""
+    workspace.configure(**ON)
+    trainer = workspace.make(**prepare(workspace))
+    trainer.initialize()
+    trainer.get_dataloaders()
+    made = trainer._scan_labels
+    generator = torch.Generator().manual_seed(0)
+    shape, heads = (9, 60, 64), 3 if made.files.regions else 4
+    truth = torch.zeros(shape, dtype=torch.long)
+    truth[3:6, 20:31, 30:44], truth[3:6, 24:28, 34:40] = 1, 2
+    image = (truth > 0).float()[None] + 0.1 * torch.randn((1, *shape), generator=generator)
+    says = torch.nn.functional.one_hot(truth.roll(2, 2), 4).movedim(-1, 0).float()
+    logits = 24 * says[-heads:] - 12 if made.files.regions else 12 * says
+    seen: list[tuple[int, ...]] = []
+    refine = rounds.refine
+    monkeypatch.setattr(rounds, "refine", lambda p, *rest: (seen.append(tuple(p.shape[1:])), refine(p, *rest))[1])
+    found = made._labels_of(logits, image)
+    monkeypatch.setattr(rounds, "LEAST_LOGIT", -1e9)
+    assert np.array_equal(found, made._labels_of(logits, image)) and found.any()
+    assert seen[0] < seen[-1] == shape and max(seen[0][1:]) < 50
+    monkeypatch.setattr(rounds, "LEAST_LOGIT", 1e9)
+    assert not made._labels_of(logits, image).any()
+
+
+def test_the_box_around_a_mask() -> None:
+    mask = torch.zeros(5, 20, 20, dtype=torch.bool)
+    assert rounds.surroundings(mask, [0, 1, 1]) is None
+    mask[2, 3, 17] = mask[3, 5, 18] = True
+    assert rounds.surroundings(mask, [0, 4, 1]) == (slice(2, 4), slice(0, 10), slice(16, 20))
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_scans_are_finished_in_threads_in_order(threads: int) -> None:
+    made: list[int] = []
+    done: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(12):
+            made.append(number)
+            assert len(made) - len(done) <= threads + 2, "no more than that wait, as they are large"
+            yield number
+
+    def work(number: int) -> int:
+        time.sleep(0.01 * (number % 3))
+        return number**2
+
+    for result in rounds.in_threads(work, items(), threads):
+        done.append(result)
+    assert done == [number**2 for number in range(12)]
+
+
+def test_an_error_in_a_thread_arrives() -> None:
+    def work(number: int) -> int:
+        raise CMEMSError(f"scan {number}")
+
+    with pytest.raises(CMEMSError, match="scan 0"):
+        list(rounds.in_threads(work, iter(range(5)), 2))
 
 
 def test_windows_overlap_by_half_and_small_images_are_padded() -> None:

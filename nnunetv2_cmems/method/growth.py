@@ -28,6 +28,10 @@ MOST_VOXELS = 2 * 10**6
 """Around the organs of one slice or volume; of a larger one every second (third, ...) voxel along each axis takes part, as memory grows
 with their number."""
 
+# Where there is nothing but noise, nothing converges. (A filter for the call alone would not be safe with threads.)
+for _said in ("The probability range is outside", "Conjugate gradient convergence"):
+    warnings.filterwarnings("ignore", _said, UserWarning)
+
 _BETA = 200.0  # how much random walkers avoid edges, for images whose standard deviation is 1
 _STEEPNESS = 0.7  # sigma, in voxels, of the Gaussian whose gradient is taken
 _TOLERANCE = 1e-2  # of the walkers' probabilities, of which only the largest counts
@@ -123,9 +127,7 @@ def _walk(labels: np.ndarray, image: np.ndarray, far: np.ndarray) -> np.ndarray:
         return labels
     order = np.searchsorted(values, seeds) + 1  # numbered without gaps
     order[seeds == 0] = 0
-    with warnings.catch_warnings():  # where there is nothing but noise, nothing converges
-        warnings.simplefilter("ignore", UserWarning)
-        walked = random_walker(image, order, beta=_BETA, mode="cg_j", tol=_TOLERANCE, channel_axis=0)
+    walked = random_walker(image, order, beta=_BETA, mode="cg_j", tol=_TOLERANCE, channel_axis=0)
     named = values[walked - 1]
     return np.where(named == background, 0, named)
 

@@ -42,6 +42,10 @@ class LabelSpace(ABC):
         """(B, heads, *spatial) in single precision, from logits of the same shape."""
 
     @abstractmethod
+    def foreground_logits(self, logits: Tensor) -> Tensor:
+        """(B, *spatial): the largest logarithm of the odds of a class against the background, or of a region."""
+
+    @abstractmethod
     def target(self, labels: Tensor) -> Tensor:
         """A label map (B, *spatial) in head space. What is unknown (negative) becomes background."""
 
@@ -79,6 +83,9 @@ class Classes(LabelSpace):
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.float().softmax(1)
 
+    def foreground_logits(self, logits: Tensor) -> Tensor:
+        return logits[:, 1:].amax(1) - logits[:, 0]
+
     def target(self, labels: Tensor) -> Tensor:
         return labels.clamp_min(0)
 
@@ -87,7 +94,8 @@ class Classes(LabelSpace):
         return PseudoLabel(labels, confidence >= tau)
 
     def certain(self, labels: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(labels.long(), len(self.names) + 1).movedim(-1, 1).float()
+        probabilities = torch.zeros(len(labels), len(self.names) + 1, *labels.shape[1:], device=labels.device)
+        return probabilities.scatter_(1, labels[:, None].long(), 1.0)
 
     def confidence(self, probabilities: Tensor) -> Tensor:
         return probabilities.amax(1)
@@ -113,6 +121,9 @@ class Regions(LabelSpace):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.float().sigmoid()
+
+    def foreground_logits(self, logits: Tensor) -> Tensor:
+        return logits.amax(1)
 
     def target(self, labels: Tensor) -> Tensor:
         return torch.stack([self._inside(labels, region) for region in self.values], 1)

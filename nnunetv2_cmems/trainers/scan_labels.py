@@ -11,13 +11,16 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,8 +45,18 @@ SHARE_OF_A_SLICE = 0.5
 """What an exemplar slice shows in one piece may have two in a scan, of which the slice crosses one: pieces that are at least half as large
 as the largest are kept. A whole annotated volume says how many there are."""
 
+LEAST_LOGIT = -6.0
+"""Of a class against the background, or of a region: below it a voxel is background and no organ is near."""
+
+MOST_THREADS = 4
+"""That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
+
 CONFIDENCE_IN_GROWTH = 0.7
 """Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class ScanLabels:
@@ -96,11 +109,21 @@ class ScanLabels:
         scores: list[np.ndarray] = []
         patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
         with predicting(trainer, mirroring=False) as predictor:
-            for case in tqdm(mine, desc="Labelling whole unlabelled scans", disable=trainer.local_rank > 0):
-                labels = self._labels_of(case, predictor)
+            predicted = (self._predict(case, predictor) for case in mine)
+
+            def finish(prediction: tuple[str, Tensor, Tensor]) -> list[np.ndarray]:
+                case, logits, image = prediction
+                labels = self._labels_of(logits, image)
                 _save(temporary, case, labels)
                 if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
-                    scores += _hidden_dice(case, self._cases[case], labels, self._space)
+                    return _hidden_dice(case, self._cases[case], labels, self._space)
+                return []
+
+            bar = tqdm(total=len(mine), desc="Labelling whole unlabelled scans", disable=trainer.local_rank > 0)
+            with bar:
+                for found in in_threads(finish, predicted, min(MOST_THREADS, get_allowed_n_proc_DA())):
+                    scores += found
+                    bar.update()
         scores = distributed.gathered(scores)  # and with that every process has written its part
         if not trainer.local_rank:
             shutil.rmtree(target, ignore_errors=True)
@@ -115,22 +138,62 @@ class ScanLabels:
         trainer.print_to_log_file(f"Labelled {len(self._cases)} whole unlabelled scans in {time.monotonic() - start:.0f} s")
 
     @torch.inference_mode()
-    def _labels_of(self, case: str, predictor: nnUNetPredictor) -> np.ndarray:
-        """int8 in head space, (Z, Y, X) or (R, Z, Y, X)."""
+    def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor]:
+        """The case, the mean of the members' logits (heads, Z, Y, X), and its image (C, Z, Y, X)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
-        logits = predictor.predict_sliding_window_return_logits(image).cpu()  # the members' mean
+        return case, predictor.predict_sliding_window_return_logits(image).cpu(), image
+
+    @torch.inference_mode()
+    def _labels_of(self, logits: Tensor, image: Tensor) -> np.ndarray:
+        """int8 in head space, (Z, Y, X) or (R, Z, Y, X). Only the surroundings of what may be foreground are worked on."""
+        whole = torch.zeros(image.shape[1:] if self.files.regions == 0 else logits.shape, dtype=torch.int8)
+        margin = math.ceil(max(3 * self._config.smoothing, self._reach)) + 3
+        box = surroundings(self._space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if self._planar else margin, margin, margin])
+        if box is None:
+            return whole.numpy()
+        logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
         probabilities = self._space.probabilities(logits[None])[0]
         labels = self._refined(probabilities, image)
         if self._reach > 0:
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
             labels = self._refined(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image)
-        return labels.numpy()
+        whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
+        return whole.numpy()
 
     def _refined(self, probabilities: Tensor, image: Tensor) -> Tensor:
         """Decisions about a scan, int8, without small pieces."""
         refined = refine(probabilities, image, self._config, self._space, self._planar)
         labels = self._space.decide(refined[None], 0.0).labels[0].to(torch.int8)
         return largest_pieces(labels, self._single, self._share, self._space) if self._config.largest_piece else labels
+
+
+def surroundings(mask: Tensor, margins: Sequence[int]) -> tuple[slice, ...] | None:
+    """The box around a mask, with a margin in voxels along each axis; None where the mask is empty."""
+    sides = []
+    for axis, margin in enumerate(margins):
+        places = mask.amax([other for other in range(mask.ndim) if other != axis]).nonzero()
+        if not len(places):
+            return None
+        sides.append(slice(max(0, int(places[0]) - margin), int(places[-1]) + 1 + margin))
+    return tuple(sides)
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """``map``, whose function runs in threads while this one makes the next items; with 0 threads it is ``map``.
+
+    No more items than threads wait to be worked on, as they may be large.
+    """
+    if threads < 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[Result]] = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def whole_volumes(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[np.ndarray]:
