@@ -24,7 +24,7 @@ from test_speed import objective as meta_objective
 from torch import Tensor
 
 from nnunetv2_cmems.config import ScanLabelsConfig, SpatialConfig
-from nnunetv2_cmems.data.exemplar import PreprocessedDataset
+from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset
 from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader
 from nnunetv2_cmems.errors import CMEMSError
@@ -250,6 +250,29 @@ def test_what_the_annotation_says_about_pieces(workspace: Workspace, monkeypatch
     if whole:
         assert volumes[0].shape == label.shape[1:] and np.array_equal(volumes[0] == value, label[0] == value)
         assert not trainer._scan_labels._single[value]
+
+
+@pytest.mark.parametrize(
+    ("organs", "empty", "depth", "is_whole"),
+    [
+        ([2, 3, 4, 5, 6], [0, 9], 12, True),
+        ([2, 3, 4, 5, 6], [], 12, False),
+        ([0, 1, 2, 3, 4], [], 5, True),
+        ([2, 3, 4, 5], [0, 9], 12, False),
+        ([2, 3, 4, 5, 7], [0, 9], 12, False),
+    ],
+    ids=["a volume", "painted slices", "all of them", "a few", "a gap"],
+)
+def test_which_slices_make_a_volume(
+    monkeypatch: pytest.MonkeyPatch, organs: list[int], empty: list[int], depth: int, is_whole: bool
+) -> None:
+    """A 2D training has no more empty slices of a wholly annotated volume than slices with organs."""
+    monkeypatch.setattr(rounds, "open_image", lambda case, dataset: np.zeros((1, depth, 4, 4)))
+    image = np.zeros((1, 4, 4), dtype=np.float32)
+    exemplars = [Exemplar("a", "z", z, z, image, np.full((4, 4), int(z in organs) * (z + 1), dtype=np.int16)) for z in organs + empty]
+    found = rounds.whole_volumes(exemplars[::-1], None)  # type: ignore[arg-type]
+    assert len(found) == is_whole
+    assert not is_whole or found[0][:, 0, 0].tolist() == [z + 1 for z in organs]
 
 
 def test_a_few_scans_only(workspace: Workspace) -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset
+from nnunetv2_cmems.data.planes import FEWEST_OF_A_VOLUME
 from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
@@ -197,15 +198,22 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], thread
 
 
 def whole_volumes(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[np.ndarray]:
-    """The label maps (Z, Y, X) of the cases that are annotated as a whole, also where a 2D training takes them slice by slice."""
+    """The label maps (Z, Y, X) of the cases that are annotated as a whole.
+
+    A 2D training takes these slice by slice, and not all of them: the map is then of the slices with organs, if these are an unbroken
+    row that is long enough, and if slices without organs are there, too, or all of the image's (see
+    :func:`~nnunetv2_cmems.data.planes.annotated_slices`).
+    """
     found = [exemplar.label for exemplar in exemplars if exemplar.index is None and exemplar.plane is None]
     cases: dict[str, dict[int, np.ndarray]] = {}
     for exemplar in exemplars:
         if exemplar.index is not None:
             cases.setdefault(exemplar.case, {})[exemplar.index] = exemplar.label
     for case, slices in cases.items():
-        if len(slices) == open_image(case, dataset).shape[1] > 1:
-            found.append(np.stack([slices[index] for index in sorted(slices)]))
+        organs = [index for index in sorted(slices) if (slices[index] > 0).any()]
+        unbroken = len(organs) >= FEWEST_OF_A_VOLUME and organs[-1] - organs[0] + 1 == len(organs)
+        if unbroken and (len(slices) > len(organs) or len(slices) == open_image(case, dataset).shape[1]):
+            found.append(np.stack([slices[index] for index in organs]))
     return found
 
 
