@@ -275,6 +275,14 @@ def test_which_slices_make_a_volume(
     assert not is_whole or found[0][:, 0, 0].tolist() == [z + 1 for z in organs]
 
 
+@pytest.mark.parametrize("in_space", [False, True])
+def test_volumes_of_cubic_voxels_only_where_asked_for(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, in_space: bool) -> None:
+    monkeypatch.setattr(rounds, "is_planar", lambda trainer: False)
+    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "in_space": in_space}})
+    trainer = workspace.train(**in_three_dimensions(workspace))
+    assert any("scan_label_dice" in key for key in logs(trainer)) == in_space
+
+
 def test_a_few_scans_only(workspace: Workspace) -> None:
     workspace.configure(**{**ON, "num_epochs": 3, "log_hidden_accuracy": False, "scan_labels": {"at": [0.3], "most_scans": 2}})
     trainer = workspace.interrupted(2)

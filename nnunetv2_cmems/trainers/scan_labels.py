@@ -76,7 +76,7 @@ class ScanLabels:
         self._single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
         self._share = 1.0 if volumes else SHARE_OF_A_SLICE
         self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
-        self._planar = len(rotation_planes(trainer.configuration_manager.spacing)) == 1
+        self._planar = is_planar(trainer)
         self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
@@ -231,7 +231,11 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"labels of whole scans ('scan_labels.at') need 'consistency' to be \"pseudo_label\", but it is \"{config.consistency}\" "
             f"({trainer._config_source}); change it, or set 'scan_labels.at' to []."
         )
-    made = ScanLabels(trainer, cases) if config.scan_labels.at and config.uses_unlabelled and cases else None
+    wanted = bool(config.scan_labels.at) and config.uses_unlabelled and bool(cases)
+    if wanted and not config.scan_labels.in_space and not is_planar(trainer):
+        trainer.print_to_log_file("No labels of whole scans: voxels are not much thicker than wide, and 'scan_labels.in_space' is off.")
+        wanted = False
+    made = ScanLabels(trainer, cases) if wanted else None
     if not trainer.local_rank:
         if made is None or trainer.current_epoch == 0:
             remove(trainer)
@@ -239,6 +243,11 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             made.files.keep([epoch for epoch in made.begins if epoch < trainer.current_epoch])
     distributed.wait_for_all()
     return made
+
+
+def is_planar(trainer: Any) -> bool:
+    """Whether the configuration is 2D, or its voxels more than three times as thick as wide."""
+    return len(rotation_planes(trainer.configuration_manager.spacing)) == 1
 
 
 def remove(trainer: Any) -> None:
