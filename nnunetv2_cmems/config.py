@@ -188,6 +188,8 @@ class ScanLabelsConfig:
     Attributes:
         at: fractions of the training, 0 and 1 excluded, at which labels are made, each time anew; ``[]``: never. Nothing is made where
             both consistency terms are switched off; ``consistency`` must be ``"pseudo_label"``.
+        unweighting: how much of the supervised cross-entropy's class weights, which make organs too large, is taken off what the members
+            say: the weights' logarithms times this are subtracted from the logits. 0: nothing; 1: what cross-entropy alone would call for.
         appearance: weight of the grey values' log-likelihood beside what the members say. 0: their grey values do not count.
         smoothing: sigma, in voxels, of the blur of what the members say; within slices for 2D configurations and thick slices. 0: none.
         growth: how far organs may grow over what no edge separates from them, as a fraction of the patch's shorter side. 0: not at all.
@@ -200,8 +202,9 @@ class ScanLabelsConfig:
     """
 
     at: tuple[float, ...] = _between(0.0, 1.0, (0.3, 0.5, 0.7, 0.85))
-    appearance: float = _between(0.0, 1.0, 0.7)
-    smoothing: float = _between(0.0, 20.0, 2.0)
+    unweighting: float = _between(0.0, 1.0, 0.5)
+    appearance: float = _between(0.0, 1.0, 0.5)
+    smoothing: float = _between(0.0, 20.0, 1.0)
     growth: float = _between(0.0, 1.0, 0.07)
     largest_piece: bool = True
     in_space: bool = False
@@ -267,6 +270,8 @@ class CMEMSConfig:
         unlabelled_views: deformation of the unlabelled crop, shared by all of its views.
         synthesis: the operation Ω.
         feature_perturbation: channel dropout of the feature granularity.
+        refine_predictions: predictions of whole scans follow their grey values and lose small pieces, as ``appearance``, ``smoothing`` and
+            ``largest_piece`` of ``scan_labels`` say; where a training makes no labels of whole scans, its predictions are not refined.
         scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.
@@ -320,6 +325,7 @@ class CMEMSConfig:
     unlabelled_views: SpatialConfig = SpatialConfig(rotation=15.0, scale=(0.85, 1.2), shift=0.05, elastic=0.0)
     synthesis: SynthesisConfig = SynthesisConfig()
     feature_perturbation: FeatureConfig = FeatureConfig()
+    refine_predictions: bool = True
     scan_labels: ScanLabelsConfig = ScanLabelsConfig()
     best_checkpoint: Literal["agreement", "validation_dice"] = "agreement"
     log_hidden_accuracy: bool = True

@@ -130,3 +130,10 @@ def test_a_flat_image_and_no_random_numbers() -> None:
     assert torch.equal(grow(HALF, torch.zeros(1, *SHAPE), 12, ALL, CLASSES, True), HALF)
     once, again = (grow(HALF, scan(TRUTH), 12, ALL, CLASSES, True) for _ in range(2))
     assert torch.equal(once, again) and torch.equal(state, torch.get_rng_state())
+
+
+def test_what_lies_between_organs_does_not_grow() -> None:
+    """A wall: most of its border is against what it lies between, about two fifths against the background."""
+    wall = block(slice(8, 30), slice(8, 30), label=2)[0] + block(slice(12, 26), slice(12, 26), label=-1)[0]
+    wall = torch.where(block(slice(8, 30), slice(4, 8))[0] == 1, 1, wall)
+    assert borders_on_background([wall.numpy()], CLASSES)[1] is False

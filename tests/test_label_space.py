@@ -84,3 +84,35 @@ def test_certain_probabilities_decide_for_the_same_labels(d: int) -> None:
         assert probabilities.shape == (1, 3, *labels.shape[-d:]) and set(probabilities.unique().tolist()) == {0.0, 1.0}
         decided = space.decide(probabilities, 1.0)
         assert torch.equal(decided.labels.to(torch.int8), labels) and decided.confident.all()
+
+
+@DIMENSIONS
+def test_class_weights_are_taken_off_logits(d: int) -> None:
+    """With weights w a cross-entropy leads to probabilities in the ratio of w p."""
+    truth, weights = heads([[0.7, 0.2], [0.2, 0.2], [0.1, 0.6]], d), torch.tensor([0.5, 2.0, 4.0])
+    weighted = truth * weights.reshape(1, 3, *[1] * d)
+    found = CLASSES.probabilities(CLASSES.unweighted(weighted.log(), weights))
+    torch.testing.assert_close(found, truth)
+    pairs = torch.tensor([[1.0, 1.0], [0.5, 2.0], [4.0, 1.0]])  # outside, inside
+    odds = truth / (1 - truth) * (pairs[:, 1] / pairs[:, 0]).reshape(1, 3, *[1] * d)
+    torch.testing.assert_close(REGIONS.probabilities(REGIONS.unweighted(odds.log(), pairs)), truth)
+
+
+@DIMENSIONS
+@pytest.mark.parametrize("space", [CLASSES, REGIONS])
+def test_logits_of_probabilities(space: LabelSpace, d: int) -> None:
+    probabilities = space.probabilities(torch.randn(2, 3, *[4] * d))
+    torch.testing.assert_close(space.probabilities(space.logits(probabilities)), probabilities)
+    certain = space.certain(space.decide(probabilities, 0.0).labels)
+    extreme = space.logits(certain).half()
+    assert torch.isfinite(extreme).all() and torch.equal(space.decide(space.probabilities(extreme), 0.0).labels, certain.argmax(1)
+                                                         if space is CLASSES else certain.bool())  # fmt: skip
+
+
+@DIMENSIONS
+def test_what_is_removed_becomes_background(d: int) -> None:
+    logits = heads([[1.0, -2.0, 3.0], [2.0, 5.0, 0.0], [-1.0, 0.0, 1.0]], d)
+    removed = row([0, 1, 0], d).bool()
+    assert torch.equal(CLASSES.without(logits, removed), heads([[1.0, 5.0, 3.0], [2.0, -2.0, 0.0], [-1.0, -2.0, 1.0]], d))
+    one = heads([[0, 0, 0], [0, 1, 0], [0, 0, 1]], d).bool()
+    assert torch.equal(REGIONS.without(logits, one), heads([[1.0, -2.0, 3.0], [2.0, -5.0, 0.0], [-1.0, 0.0, -1.0]], d))

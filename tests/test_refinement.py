@@ -9,11 +9,11 @@ from torch import Tensor
 
 from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
-from nnunetv2_cmems.method.refinement import _binned, in_one_piece, largest_pieces, refine
+from nnunetv2_cmems.method.refinement import Refinement, _binned, in_one_piece, largest_pieces, refine
 
 CLASSES = Classes(("organ", "wall"))
 REGIONS = Regions(("both", "organ"), None, ((1, 2), (1,)))
-CONFIG = ScanLabelsConfig()
+CONFIG = ScanLabelsConfig(appearance=0.7, smoothing=2.0)
 SHAPE = (6, 40, 40)
 PLANAR = pytest.mark.parametrize("planar", [True, False], ids=["planar", "in space"])
 
@@ -196,3 +196,41 @@ def test_pieces_nearly_as_large_as_the_largest_may_stay() -> None:
         assert largest_pieces(labels, (True, True, True), share, CLASSES).sum() == left
     labels[0, 2:6, 13] = 1
     assert largest_pieces(labels, (False, True, False), 1.0, CLASSES).sum() == 16, "one of two equal ones"
+
+
+# ------------------------------------------------------------------ predictions
+
+
+@PLANAR
+@pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
+def test_refined_logits_decide_for_the_refined_labels(space: LabelSpace, planar: bool) -> None:
+    truth = ball(12)
+    noted = truth.clone()
+    noted[:, :3, :3] = 1  # a second piece
+    logits = space.logits(says(noted, space, sure=0.999)[None])[0].half()
+    image, rule = grey(truth), Refinement(CONFIG, (True, True, True), 1.0)
+    kept = logits.clone()
+    refined = rule.logits(logits, image, space, planar)
+    assert torch.equal(logits, kept) and torch.isfinite(refined).all()
+    labels = space.decide(space.probabilities(refined[None]), 0.0).labels[0]
+    assert torch.equal(labels.to(torch.int8), rule.labels(space.probabilities(logits[None])[0], image, space, planar))
+    assert not labels[..., :3, :3].any(), "the second piece is gone"
+
+
+def test_far_from_organs_logits_stay() -> None:
+    logits = torch.full((3, *SHAPE), -9.0)
+    logits[0] = 9.0
+    logits[:, 2:4, 10:20, 10:20] = torch.tensor([-5.0, 5.0, 0.0])[:, None, None, None]
+    logits += 0.1 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    refined = Refinement(CONFIG, (True, True, True), 1.0).logits(logits, grey(ball(12)), CLASSES, True)
+    assert torch.equal(refined[:, :2], logits[:, :2]) and torch.equal(refined[..., 30:], logits[..., 30:])
+    empty = torch.stack([torch.full(SHAPE, 9.0), *[torch.full(SHAPE, -9.0)] * 2])
+    assert torch.equal(Refinement(CONFIG, (True, True, True), 1.0).logits(empty, grey(ball(12)), CLASSES, True), empty)
+
+
+@pytest.mark.parametrize("single", [(True, False, True), (False, False)])
+def test_a_refinement_is_kept_with_the_weights(single: tuple[bool, ...]) -> None:
+    rule = Refinement(ScanLabelsConfig(appearance=0.25, smoothing=1.5, largest_piece=False), single, 0.5)
+    again = Refinement.from_tensor(rule.to_tensor())
+    assert (again.single, again.share) == (single, 0.5)
+    assert (again.config.appearance, again.config.smoothing, again.config.largest_piece) == (0.25, 1.5, False)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, EXEMPLAR, TRAINING, Workspace, in_three_dimensions, logs, same_weights, weights, with_regions
+from conftest import CASES, EXEMPLAR, TRAINING, VALIDATION, Workspace, in_three_dimensions, logs, same_weights, weights, with_regions
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_objective import CALM, CLASSES, DIMENSIONS, REGIONS, FakeNetwork, certain, objective, unsure
@@ -28,14 +29,16 @@ from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset
 from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader
 from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.method import refinement
 from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first
 from nnunetv2_cmems.trainers import scan_labels as rounds
-from nnunetv2_cmems.trainers.prediction import predicting
+from nnunetv2_cmems.trainers.prediction import predict_like_folds, predicting
 from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
+AS_PREDICTED = {"at": [0.5], "unweighting": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}
 ON: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
 
 
@@ -126,8 +129,8 @@ def test_only_the_surroundings_of_foreground_are_worked_on(
     says = torch.nn.functional.one_hot(truth.roll(2, 2), 4).movedim(-1, 0).float()
     logits = 24 * says[-heads:] - 12 if made.files.regions else 12 * says
     seen: list[tuple[int, ...]] = []
-    refine = rounds.refine
-    monkeypatch.setattr(rounds, "refine", lambda p, *rest: (seen.append(tuple(p.shape[1:])), refine(p, *rest))[1])
+    refine = refinement.refine
+    monkeypatch.setattr(refinement, "refine", lambda p, *rest: (seen.append(tuple(p.shape[1:])), refine(p, *rest))[1])
     found = made._labels_of(logits, image)
     monkeypatch.setattr(rounds, "LEAST_LOGIT", -1e9)
     assert np.array_equal(found, made._labels_of(logits, image)) and found.any()
@@ -138,9 +141,9 @@ def test_only_the_surroundings_of_foreground_are_worked_on(
 
 def test_the_box_around_a_mask() -> None:
     mask = torch.zeros(5, 20, 20, dtype=torch.bool)
-    assert rounds.surroundings(mask, [0, 1, 1]) is None
+    assert refinement.surroundings(mask, [0, 1, 1]) is None
     mask[2, 3, 17] = mask[3, 5, 18] = True
-    assert rounds.surroundings(mask, [0, 4, 1]) == (slice(2, 4), slice(0, 10), slice(16, 20))
+    assert refinement.surroundings(mask, [0, 4, 1]) == (slice(2, 4), slice(0, 10), slice(16, 20))
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -177,7 +180,7 @@ def test_windows_overlap_by_half_and_small_images_are_padded() -> None:
 
 
 def test_labels_are_the_members_refined_mean(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}})
+    workspace.configure(**{**ON, "refine_predictions": False, "scan_labels": AS_PREDICTED})
     found = {}
     make = rounds.ScanLabels._make
 
@@ -207,6 +210,40 @@ def test_labels_grow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prep
         labels = np.load(folder(workspace) / "epoch_1" / f"{UNLABELLED[0]}.npy")
         assert bool((labels == 1).all()) == grown == bool(seen)
     assert len(seen) == len(UNLABELLED) and all(reach == 8 and planar for _, _, reach, _, _, planar in seen)
+
+
+# ------------------------------------------------------------------ predictions
+
+
+def predicted(workspace: Workspace) -> tuple[np.ndarray, np.ndarray]:
+    """What nnU-Net's own prediction makes of a scan with the trained model, and what the members say."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=False)
+    predictor.initialize_from_trained_model_folder(str(workspace.fold().parent), (0,))
+    image = torch.from_numpy(workspace.image(VALIDATION[0]))
+    return predictor.predict_logits_from_preprocessed_data(image).numpy(), predict_like_folds(predictor, image).numpy()
+
+
+@pytest.mark.parametrize("prepare", [lambda workspace: {}, with_regions], ids=["classes", "regions"])
+def test_predictions_are_refined_as_the_labels_are(workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]]) -> None:
+    workspace.configure(**ON)
+    trainer = workspace.train(**prepare(workspace))
+    rule = trainer._scan_labels.refinement
+    stored = torch.load(workspace.fold() / "checkpoint_final.pth", weights_only=False)["network_weights"]["refinement"]
+    assert torch.equal(stored, rule.to_tensor())
+    refined, raw = predicted(workspace)
+    image = torch.from_numpy(workspace.image(VALIDATION[0]))
+    expected = rule.logits(torch.from_numpy(raw), image, trainer.label_space, True).half()
+    assert refined.dtype == raw.dtype and np.array_equal(refined, expected.numpy()) and not np.array_equal(refined, raw)
+
+
+@pytest.mark.parametrize("config", [{"refine_predictions": False}, {"scan_labels": {"at": []}}], ids=["off", "no labels"])
+def test_predictions_that_are_not_refined(workspace: Workspace, config: dict[str, Any]) -> None:
+    workspace.configure(**{**ON, **config})
+    trainer = workspace.train()
+    assert trainer.mutual_networks.refinement is None
+    assert "refinement" not in torch.load(workspace.fold() / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    refined, raw = predicted(workspace)
+    assert np.array_equal(refined, raw)
 
 
 def test_the_folder_goes_after_the_final_checkpoint(workspace: Workspace) -> None:
@@ -246,10 +283,10 @@ def test_what_the_annotation_says_about_pieces(workspace: Workspace, monkeypatch
     trainer.initialize()
     trainer.get_dataloaders()
     volumes = rounds.whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
-    assert len(volumes) == whole and trainer._scan_labels._share == (1.0 if whole else 0.5)
+    assert len(volumes) == whole and trainer._scan_labels.refinement.share == (1.0 if whole else 0.5)
     if whole:
         assert volumes[0].shape == label.shape[1:] and np.array_equal(volumes[0] == value, label[0] == value)
-        assert not trainer._scan_labels._single[value]
+        assert not trainer._scan_labels.refinement.single[value]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +314,7 @@ def test_which_slices_make_a_volume(
 
 @pytest.mark.parametrize("in_space", [False, True])
 def test_volumes_of_cubic_voxels_only_where_asked_for(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, in_space: bool) -> None:
-    monkeypatch.setattr(rounds, "is_planar", lambda trainer: False)
+    monkeypatch.setattr(rounds, "is_planar", lambda spacing: False)
     workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "in_space": in_space}})
     trainer = workspace.train(**in_three_dimensions(workspace))
     assert any("scan_label_dice" in key for key in logs(trainer)) == in_space

@@ -23,11 +23,13 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
 
 from nnunetv2_cmems.config import ExemplarSpec
 from nnunetv2_cmems.data.annotation import AXES, LabelValues, complete_plane, read_annotation
 from nnunetv2_cmems.data.looks import central_window, new_patients_first, thumbnail
 from nnunetv2_cmems.data.planes import annotated_slices, native_mask_path, native_plane, read_native, read_native_mask
+from nnunetv2_cmems.data.suggestion import order_slices, summarise_scan
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.planes import AnnotatedPlane
 
@@ -204,14 +206,15 @@ def choose_exemplar(cases: Sequence[str], dataset: PreprocessedDataset, allow_mi
 
 
 def rank_exemplars(cases: Sequence[str], dataset: PreprocessedDataset, allow_missing_classes: bool = False) -> list[ExemplarSpec]:
-    """Slices (in 3D: volumes) worth annotating, the most typical first, one per case.
+    """Slices (in 3D: volumes) worth annotating, the best first, one per case.
 
-    Every case that has slices with all classes offers the middle one of them, which avoids the ends
-    of the organs. The offered slices are compared as small, blurred, normalised thumbnails of equal
-    physical extent and ranked by their mean distance to all the others, so that the first is the
-    one that looks most like everybody else's. Of the labels, only "which classes does this slice
-    show" is used, which is what a person knows who leafs through the scans to choose one. Volumes are
-    compared by their middle slices.
+    Slices come in the order in which ``suggest`` names them, see :mod:`nnunetv2_cmems.data.suggestion`. All images of
+    ``cases`` count for what is typical; candidates are the slices that show all classes. Of the labels, only "which classes
+    does this slice show" is used, which is what a person knows who leafs through the scans to choose one. A case whose
+    candidates all lie at the ends of its scan offers the middle one of them, after all other cases.
+
+    Volumes are compared by their middle slices, as small, blurred, normalised thumbnails of equal physical extent: the first
+    is the one that looks most like all others.
 
     The order is the same whenever the cases and images are the same. Further cases of a patient who
     is already in the list come after all other patients; cases belong to one patient when their
@@ -226,16 +229,36 @@ def rank_exemplars(cases: Sequence[str], dataset: PreprocessedDataset, allow_mis
         CMEMSError: no slice shows all classes (any class, with ``allow_missing_classes``); a file
             cannot be read; an image has NaN or infinite values.
     """
-    offered = [_middle_one(slices) for slices in _by_case(list_candidates(cases, dataset, allow_missing_classes))]
-    sizes = [_open(spec.case, "", dataset).shape[1:] for spec in offered]
+    candidates = list_candidates(cases, dataset, allow_missing_classes)
+    ranked = _rank_slices(cases, candidates, dataset) if dataset.dimensions == 2 else _rank_volumes(candidates, dataset)
+    return new_patients_first(ranked, lambda spec: spec.case)
+
+
+def _rank_slices(cases: Sequence[str], candidates: Sequence[ExemplarSpec], dataset: PreprocessedDataset) -> list[ExemplarSpec]:
+    """One slice of each case that has candidates, the best first."""
+    names = sorted(set(cases))
+    _, *extent = np.median([_open(case, "", dataset).shape[1:] for case in names], axis=0).tolist()
+    summaries = (summarise_scan(case, read_case_image(case, dataset), 0, (1, 1), extent) for case in names)
+    shown = tqdm(summaries, desc="Looking for an exemplar", total=len(names), disable=None)
+    places = {(spec.case, preprocessed_index(spec, read_properties(spec.case, dataset), dataset)): spec for spec in candidates}
+    best: dict[str, ExemplarSpec] = {}
+    for suggested in order_slices(shown, 0):
+        if (suggested.case, suggested.slice) in places:
+            best.setdefault(suggested.case, places[suggested.case, suggested.slice])
+    for slices in _by_case(candidates):
+        best.setdefault(slices[0].case, _middle_one(slices))
+    return list(best.values())
+
+
+def _rank_volumes(candidates: Sequence[ExemplarSpec], dataset: PreprocessedDataset) -> list[ExemplarSpec]:
+    sizes = [_open(spec.case, "", dataset).shape[1:] for spec in candidates]
     _, height, width = (int(np.median(side)) for side in zip(*sizes, strict=True))
     looks = []
-    for spec, (slices, *_) in zip(offered, sizes, strict=True):  # one image in memory at a time
-        index = slices // 2 if spec.slice is None else preprocessed_index(spec, read_properties(spec.case, dataset), dataset)
-        looks.append(_look(_read_image(spec, index, dataset), height, width))
+    for spec, (slices, *_) in zip(candidates, sizes, strict=True):  # one image in memory at a time
+        looks.append(_look(_read_image(spec, slices // 2, dataset), height, width))
     distances = _mean_distances(torch.stack(looks))
-    order = sorted(range(len(offered)), key=lambda i: (round(distances[i], 6), offered[i].case))
-    return new_patients_first([offered[i] for i in order], lambda spec: spec.case)
+    order = sorted(range(len(candidates)), key=lambda i: (round(distances[i], 6), candidates[i].case))
+    return [candidates[i] for i in order]
 
 
 def list_candidates(cases: Sequence[str], dataset: PreprocessedDataset, allow_missing_classes: bool = False) -> list[ExemplarSpec]:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from nnunetv2_cmems.method.losses import class_counts, weights_from
 
+_LEAST = 1e-6  # probability whose logarithm is still taken
+
 
 class PseudoLabel(NamedTuple):
     """What is decided about unlabelled images: labels in head space, and where they count (bool, same shape)."""
@@ -42,8 +44,23 @@ class LabelSpace(ABC):
         """(B, heads, *spatial) in single precision, from logits of the same shape."""
 
     @abstractmethod
+    def logits(self, probabilities: Tensor) -> Tensor:
+        """Logits of which :meth:`probabilities` makes these, (B, heads, *spatial); finite, also in half precision."""
+
+    @abstractmethod
+    def without(self, logits: Tensor, removed: Tensor) -> Tensor:
+        """Logits (B, heads, *spatial) that decide for the background where ``removed`` (bool, as labels in head space) is set.
+
+        The background is as sure there as what was decided for before.
+        """
+
+    @abstractmethod
     def foreground_logits(self, logits: Tensor) -> Tensor:
         """(B, *spatial): the largest logarithm of the odds of a class against the background, or of a region."""
+
+    @abstractmethod
+    def unweighted(self, logits: Tensor, weights: Tensor) -> Tensor:
+        """Logits that a cross-entropy without these weights would have led to (Menon et al., ICLR 2021): (B, heads, *spatial)."""
 
     @abstractmethod
     def target(self, labels: Tensor) -> Tensor:
@@ -83,8 +100,19 @@ class Classes(LabelSpace):
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.float().softmax(1)
 
+    def logits(self, probabilities: Tensor) -> Tensor:
+        return probabilities.clamp_min(_LEAST).log()
+
+    def without(self, logits: Tensor, removed: Tensor) -> Tensor:
+        least, most = logits.aminmax(dim=1, keepdim=True)
+        background = torch.cat([most, least.expand_as(logits[:, 1:])], 1)
+        return torch.where(removed[:, None], background, logits)
+
     def foreground_logits(self, logits: Tensor) -> Tensor:
         return logits[:, 1:].amax(1) - logits[:, 0]
+
+    def unweighted(self, logits: Tensor, weights: Tensor) -> Tensor:
+        return logits - _along_heads(weights.log(), logits)
 
     def target(self, labels: Tensor) -> Tensor:
         return labels.clamp_min(0)
@@ -122,8 +150,18 @@ class Regions(LabelSpace):
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.float().sigmoid()
 
+    def logits(self, probabilities: Tensor) -> Tensor:
+        return probabilities.clamp(_LEAST, 1 - _LEAST).logit()
+
+    def without(self, logits: Tensor, removed: Tensor) -> Tensor:
+        return torch.where(removed, -logits.abs(), logits)
+
     def foreground_logits(self, logits: Tensor) -> Tensor:
         return logits.amax(1)
+
+    def unweighted(self, logits: Tensor, weights: Tensor) -> Tensor:
+        outside, inside = weights.log().unbind(1)
+        return logits - _along_heads(inside - outside, logits)
 
     def target(self, labels: Tensor) -> Tensor:
         return torch.stack([self._inside(labels, region) for region in self.values], 1)
@@ -149,3 +187,8 @@ class Regions(LabelSpace):
     @staticmethod
     def _inside(labels: Tensor, region: tuple[int, ...]) -> Tensor:
         return reduce(torch.logical_or, [labels == value for value in region])
+
+
+def _along_heads(values: Tensor, logits: Tensor) -> Tensor:
+    """(heads,) as (heads, 1, ...), to be added to (B, heads, *spatial)."""
+    return values.to(logits.device).reshape(-1, *[1] * (logits.ndim - 2))

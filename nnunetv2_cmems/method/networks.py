@@ -66,6 +66,9 @@ class MutualNetworks(nn.Module):
         self.members = nn.ModuleList(self._makers[i % 2 if mixed else 0]() for i in range(num_members))
         self.teachers = nn.ModuleList(copy.deepcopy(member).requires_grad_(False) for member in self.members if averaged)
         """Running means of the members' weights, which make the pseudo-labels; empty: the members make them themselves."""
+        self.refinement: Tensor | None
+        self.register_buffer("refinement", None)
+        """How predictions of whole scans are refined, see :class:`~nnunetv2_cmems.method.refinement.Refinement`; None: not at all."""
         self.only: int | None = None
         """Index of the one member that :meth:`forward` of a single tensor asks; None: the mean of all."""
 
@@ -129,7 +132,7 @@ class MutualNetworks(nn.Module):
         """As in torch, but the number of members and their architectures follow the weights.
 
         nnU-Net builds the network at inference without knowing how many members were trained, and of which kind. Running
-        means that this module does not keep are left out.
+        means that this module does not keep are left out. :attr:`refinement` becomes what the weights say of it.
         """
         count = count_members(state_dict)
         if count:
@@ -138,6 +141,7 @@ class MutualNetworks(nn.Module):
             del self.members[count:]
             for i, member in enumerate(self.members):
                 self.members[i] = self._of_shape(shapes(state_dict, f"members.{i}."), member)
+        self.refinement = state_dict.get("refinement")
         if not len(self.teachers):
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("teachers.")}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -8,7 +8,9 @@ Gaussians, their likelihood has a weight below 1, and there are no bias field an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +25,9 @@ ITERATIONS = 3
 """Of histograms from probabilities, and probabilities from histograms."""
 
 BINS = 24
+LEAST_LOGIT = -6.0
+"""Of a class against the background, or of a region: below it a voxel is background and no organ is near."""
+
 NEAR = 0.02
 """Prior probability of any foreground above which a voxel takes part. Elsewhere the prior stays: there is no island far from organs."""
 
@@ -30,6 +35,69 @@ _SMOOTHING = 1.0  # sigma of the histograms' blur, in bins
 _FLOOR = 1e-2  # voxels that each bin has at least
 _LEAST_PRIOR = 1e-6
 _MOST_FOR_QUANTILE = 10**6
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What is done to the prediction of a whole scan, and what the annotated images say for it.
+
+    Attributes:
+        config: ``appearance``, ``smoothing`` and ``largest_piece`` count here.
+        single: what is one connected piece, from :func:`in_one_piece`.
+        share: which other pieces are kept, see :func:`largest_pieces`.
+    """
+
+    config: ScanLabelsConfig
+    single: tuple[bool, ...]
+    share: float
+
+    def to_tensor(self) -> Tensor:
+        """(4 + number of classes or regions + 1,), to be kept with the networks' weights."""
+        numbers = self.config.appearance, self.config.smoothing, self.config.largest_piece, self.share
+        return torch.tensor([*map(float, numbers), *map(float, self.single)])
+
+    @classmethod
+    def from_tensor(cls, stored: Tensor) -> Refinement:
+        """The inverse of :meth:`to_tensor`; other values of the config are the defaults."""
+        appearance, smoothing, largest_piece, share, *single = stored.tolist()
+        config = ScanLabelsConfig(appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece))
+        return cls(config, tuple(map(bool, single)), share)
+
+    def labels(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+        """Decisions about a scan without small pieces, int8 (Z, Y, X) or (R, Z, Y, X); arguments as for :func:`refine`."""
+        return self._decided(refine(probabilities, image, self.config, space, planar), space)
+
+    def _decided(self, probabilities: Tensor, space: LabelSpace) -> Tensor:
+        labels = space.decide(probabilities[None], 0.0).labels[0].to(torch.int8)
+        return largest_pieces(labels, self.single, self.share, space) if self.config.largest_piece else labels
+
+    def logits(self, logits: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+        """Refined logits of a scan (heads, Z, Y, X), from the networks'. What is not near foreground stays as it is.
+
+        Where a piece is removed, the background is as sure as the organ was.
+        """
+        margin = math.ceil(3 * self.config.smoothing) + 1
+        box = surroundings(space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if planar else margin, margin, margin])
+        if box is None:
+            return logits
+        place = (slice(None), *box)
+        probabilities = refine(space.probabilities(logits[place][None])[0], image[place], self.config, space, planar)
+        labels = space.decide(probabilities[None], 0.0).labels[0].to(torch.int8)
+        kept = self._decided(probabilities, space)
+        refined = logits.float()
+        refined[place] = space.without(space.logits(probabilities[None]), (labels != kept)[None])[0]
+        return refined
+
+
+def surroundings(mask: Tensor, margins: Sequence[int]) -> tuple[slice, ...] | None:
+    """The box around a mask, with a margin in voxels along each axis; None where the mask is empty."""
+    sides = []
+    for axis, margin in enumerate(margins):
+        places = mask.amax([other for other in range(mask.ndim) if other != axis]).nonzero()
+        if not len(places):
+            return None
+        sides.append(slice(max(0, int(places[0]) - margin), int(places[-1]) + 1 + margin))
+    return tuple(sides)
 
 
 @torch.no_grad()

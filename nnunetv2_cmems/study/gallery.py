@@ -460,8 +460,9 @@ def disagreement(run: Run, cases: Sequence[str]) -> dict[str, np.ndarray]:
     from nnunetv2_cmems.data.exemplar import PreprocessedDataset, read_properties
     from nnunetv2_cmems.files import nnunet_folder
     from nnunetv2_cmems.method.networks import MutualNetworks
-    from nnunetv2_cmems.trainers.cmems import _predict_with_one_network, label_space
     from nnunetv2_cmems.trainers.first_look import look_at
+    from nnunetv2_cmems.trainers.heads import label_space
+    from nnunetv2_cmems.trainers.prediction import predict_with_one_network
 
     spec = run.record.spec
     preprocessed = nnunet_folder("nnUNet_preprocessed", "the preprocessed data sets")
@@ -486,7 +487,7 @@ def disagreement(run: Run, cases: Sequence[str]) -> dict[str, np.ndarray]:
     space = label_space(predictor.label_manager)
     print(f"Predicting {', '.join(cases)} with each network of {run.key}, for the gallery.")
     with contextlib.redirect_stderr(io.StringIO()):
-        looks = look_at(dict.fromkeys(cases, dataset), network, predictor, _predict_with_one_network, space, predictor.label_manager)
+        looks = look_at(dict.fromkeys(cases, dataset), network, predictor, predict_with_one_network, space, predictor.label_manager)
     backward = list(plans.transpose_backward)
     return {case: to_raw(look.disagreement, read_properties(case, dataset), backward) for case, look in looks.items()}
 

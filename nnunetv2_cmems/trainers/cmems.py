@@ -17,7 +17,6 @@ import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import save_json
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.run import run_training
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
@@ -26,7 +25,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import dummy_context
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
@@ -41,7 +39,6 @@ from nnunetv2_cmems.data.validation import ValidationLoader
 from nnunetv2_cmems.errors import CMEMSError, first_line, show_errors_as_sentences
 from nnunetv2_cmems.files import write_json
 from nnunetv2_cmems.method.exemplars import ExemplarBank, shows_every_class
-from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
 from nnunetv2_cmems.method.losses import weights_from
 from nnunetv2_cmems.method.networks import MutualNetworks, count_members, splits
 from nnunetv2_cmems.method.objective import Objective, batch_sizes
@@ -59,20 +56,18 @@ from nnunetv2_cmems.trainers.faults import (
     check_masks,
     not_finite,
     one_sentence,
-    while_predicting,
     while_training,
     while_validating,
     workers_stopped,
 )
 from nnunetv2_cmems.trainers.first_look import draw_looks, look_at, sample
+from nnunetv2_cmems.trainers.heads import label_space
 from nnunetv2_cmems.trainers.hidden_labels import CONFIDENCES, HiddenLabels
 from nnunetv2_cmems.trainers.history import History
 from nnunetv2_cmems.trainers.host_memory import keep_freed_memory
 from nnunetv2_cmems.trainers.optimizer import WarmedUpPoly
-from nnunetv2_cmems.trainers.prediction import predicting
+from nnunetv2_cmems.trainers.prediction import predict_with_one_network, predicting
 from nnunetv2_cmems.trainers.snapshot import draw_snapshot
-
-_predict_with_one_network = nnUNetPredictor.predict_sliding_window_return_logits
 
 RECORD = "cmems"
 """Key of a checkpoint's ``init_args`` that holds config and exemplars, as plain types."""
@@ -264,6 +259,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if self._needs_unlabelled:
             size = self._objective.batches.unlabelled or 2  # where only the synthetic stream needs them
             self._scan_labels = scan_labels.begin(self, unlabelled)
+            if self._scan_labels and self._scan_labels.begins and self.config.refine_predictions:
+                self.mutual_networks.refinement = self._scan_labels.refinement.to_tensor().to(self.device)
             files = self._scan_labels.files if self._scan_labels else None
             train = self._with_workers(UnlabelledLoader(unlabelled, size, crop, self.configuration_manager.patch_size, files), 1)
         else:
@@ -427,7 +424,6 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
         def weights(progress: float) -> Tensor:
             return weights_from(counts, config.class_weighting_at(progress))
-
         pseudo_weights = self.label_space.weights(bank.labels, self.config.pseudo_class_weighting)
         batches = batch_sizes(config, self.configuration_manager.batch_size)
         part = distributed.share(batches, self.local_rank, distributed.count_processes())
@@ -578,7 +574,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             return
         chosen = {case: cases[case] for case in sample(list(cases))}
         with predicting(self, mirroring=True) as predictor:
-            looks = look_at(chosen, self.mutual_networks, predictor, _predict_with_one_network, self.label_space, self.label_manager)
+            looks = look_at(chosen, self.mutual_networks, predictor, predict_with_one_network, self.label_space, self.label_manager)
         draw_looks(path, looks, self._class_names())
         self.print_to_log_file(f"A look at {len(looks)} unlabelled scans: {path}")
 
@@ -663,19 +659,6 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             self.print_to_log_file(resume.how_it_goes_on(self.device, get_allowed_n_proc_DA()))
 
 
-def label_space(labels: LabelManager) -> LabelSpace:
-    """What the networks' heads mean, in nnU-Net's order."""
-
-    def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
-        return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)  # type: ignore[arg-type]
-
-    values = {name: as_tuple(value) for name, value in labels.label_dict.items() if name != "ignore"}
-    foreground = {name: value for name, value in values.items() if set(value) != {0}}
-    if labels.has_regions:
-        return Regions(tuple(foreground), labels.ignore_label, tuple(foreground.values()))
-    return Classes(tuple(sorted(foreground, key=lambda name: foreground[name])), labels.ignore_label)
-
-
 def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> None:
     """Raise a :class:`CMEMSError` for what works in nnU-Net but not here yet."""
     check_description(dataset_json, os.path.join(nnUNet_preprocessed.get() or "", plans["dataset_name"], "dataset.json"))
@@ -684,37 +667,6 @@ def _refuse_unsupported(plans: dict, configuration: str, dataset_json: dict) -> 
         raise CMEMSError(
             f"configuration '{configuration}' is a cascade's second stage, which nnUNetTrainerCMEMS cannot train; use 2d or 3d_fullres."
         )
-
-
-@one_sentence(while_predicting)
-@torch.inference_mode()
-def _predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
-    """Sliding-window logits, the members' mean taken as nnU-Net takes the mean of folds.
-
-    nnU-Net sums the tiles in half precision. The mean of the members must be taken after that, as it is
-    for folds, so that an export with the members as folds predicts the same masks to the last voxel.
-
-    Shape:
-        (C, *spatial) to (K, *spatial), half precision.
-    """
-    predictor.network = distributed.without_talk(predictor.network)  # each GPU has cases, and a number of tiles, of its own
-    network = distributed.unwrapped(predictor.network)
-    if not isinstance(network, MutualNetworks) or len(network.members) == 1:
-        return _predict_with_one_network(predictor, input_image)
-    whole, total = predictor.network, None
-    try:
-        for index, member in enumerate(network.members):
-            network.only = index
-            predictor.network = member if whole is network else whole  # a compiled network chooses by "only"
-            logits = _predict_with_one_network(predictor, input_image).to("cpu")
-            total = logits if total is None else total.add_(logits)  # in place, as nnU-Net does: volumes are large
-    finally:
-        network.only, predictor.network = None, whole
-    assert total is not None
-    return total.div_(len(network.members))
-
-
-nnUNetPredictor.predict_sliding_window_return_logits = _predict_like_folds
 
 
 def _turned(patch: Sequence[int], spacing: Sequence[float], angle: float, scale: tuple[float, float]) -> list[float]:

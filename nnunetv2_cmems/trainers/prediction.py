@@ -1,4 +1,4 @@
-"""Whole scans, predicted by the networks of a training that is not over, or has just ended."""
+"""Whole scans, predicted by the members: as nnU-Net ensembles folds, and refined by what the training knows of the organs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
 
-from nnunetv2_cmems.trainers.distributed import without_talk
+from nnunetv2_cmems.method.networks import MutualNetworks
+from nnunetv2_cmems.method.perturbations import rotation_planes
+from nnunetv2_cmems.method.refinement import Refinement
+from nnunetv2_cmems.trainers.distributed import unwrapped, without_talk
+from nnunetv2_cmems.trainers.faults import one_sentence, while_predicting
+from nnunetv2_cmems.trainers.heads import label_space
+
+predict_with_one_network = nnUNetPredictor.predict_sliding_window_return_logits
+"""nnU-Net's own sliding window, ``(predictor, image (C, Z, Y, X)) -> logits (heads, Z, Y, X)``."""
 
 
 @contextlib.contextmanager
@@ -33,3 +43,56 @@ def predicting(trainer: Any, *, mirroring: bool) -> Iterator[nnUNetPredictor]:
     finally:
         trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
         trainer.network.train(training)
+
+
+@torch.inference_mode()
+def predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
+    """Sliding-window logits, the members' mean taken as nnU-Net takes the mean of folds.
+
+    nnU-Net sums the tiles in half precision. The mean of the members must be taken after that, as it is
+    for folds, so that an export with the members as folds predicts the same to the last voxel.
+
+    Shape:
+        (C, *spatial) to (K, *spatial), half precision.
+    """
+    predictor.network = without_talk(predictor.network)  # each GPU has cases, and a number of tiles, of its own
+    network = unwrapped(predictor.network)
+    if not isinstance(network, MutualNetworks) or len(network.members) == 1:
+        return predict_with_one_network(predictor, input_image)
+    whole, total = predictor.network, None
+    try:
+        for index, member in enumerate(network.members):
+            network.only = index
+            predictor.network = member if whole is network else whole  # a compiled network chooses by "only"
+            logits = predict_with_one_network(predictor, input_image).to("cpu")
+            total = logits if total is None else total.add_(logits)  # in place, as nnU-Net does: volumes are large
+    finally:
+        network.only, predictor.network = None, whole
+    assert total is not None
+    return total.div_(len(network.members))
+
+
+@one_sentence(while_predicting)
+@torch.inference_mode()
+def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
+    """What replaces nnU-Net's sliding window: :func:`predict_like_folds`, refined where the training says how.
+
+    Shape:
+        (C, *spatial) to (K, *spatial), half precision.
+    """
+    logits = predict_like_folds(predictor, input_image)
+    network = unwrapped(predictor.network)
+    stored = network.refinement if isinstance(network, MutualNetworks) else None
+    if stored is None:
+        return logits
+    planar = is_planar(predictor.configuration_manager.spacing)
+    refined = Refinement.from_tensor(stored).logits(logits.cpu(), input_image.cpu(), label_space(predictor.label_manager), planar)
+    return refined.to(logits.dtype)
+
+
+def is_planar(spacing: Any) -> bool:
+    """Whether a configuration of this spacing is 2D, or its voxels more than three times as thick as wide."""
+    return len(rotation_planes(spacing)) == 1
+
+
+nnUNetPredictor.predict_sliding_window_return_logits = predict_refined

@@ -33,11 +33,10 @@ from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.growth import borders_on_background, grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
-from nnunetv2_cmems.method.perturbations import rotation_planes
-from nnunetv2_cmems.method.refinement import in_one_piece, largest_pieces, refine
+from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece, surroundings
 from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.first_look import sample
-from nnunetv2_cmems.trainers.prediction import predicting
+from nnunetv2_cmems.trainers.prediction import is_planar, predict_like_folds, predicting
 
 FOLDER = "scan_labels"
 """In the fold's folder."""
@@ -45,9 +44,6 @@ FOLDER = "scan_labels"
 SHARE_OF_A_SLICE = 0.5
 """What an exemplar slice shows in one piece may have two in a scan, of which the slice crosses one: pieces that are at least half as large
 as the largest are kept. A whole annotated volume says how many there are."""
-
-LEAST_LOGIT = -6.0
-"""Of a class against the background, or of a region: below it a voxel is background and no organ is near."""
 
 MOST_THREADS = 4
 """That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
@@ -73,10 +69,10 @@ class ScanLabels:
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in sample(list(cases), self._config.most_scans)}
         volumes = whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
-        self._single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
-        self._share = 1.0 if volumes else SHARE_OF_A_SLICE
+        single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
+        self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE)
         self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
-        self._planar = is_planar(trainer)
+        self._planar = is_planar(trainer.configuration_manager.spacing)
         self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
@@ -109,12 +105,13 @@ class ScanLabels:
         mine = list(self._cases)[trainer.local_rank :: distributed.count_processes()]
         scores: list[np.ndarray] = []
         patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
+        weights = trainer._objective.supervised_weights(begin / trainer.num_epochs).cpu() ** self._config.unweighting
         with predicting(trainer, mirroring=False) as predictor:
             predicted = (self._predict(case, predictor) for case in mine)
 
             def finish(prediction: tuple[str, Tensor, Tensor]) -> list[np.ndarray]:
                 case, logits, image = prediction
-                labels = self._labels_of(logits, image)
+                labels = self._labels_of(self._space.unweighted(logits[None].float(), weights)[0], image)
                 _save(temporary, case, labels)
                 if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
                     return _hidden_dice(case, self._cases[case], labels, self._space)
@@ -142,7 +139,7 @@ class ScanLabels:
     def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor]:
         """The case, the mean of the members' logits (heads, Z, Y, X), and its image (C, Z, Y, X)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
-        return case, predictor.predict_sliding_window_return_logits(image).cpu(), image
+        return case, predict_like_folds(predictor, image).cpu(), image
 
     @torch.inference_mode()
     def _labels_of(self, logits: Tensor, image: Tensor) -> np.ndarray:
@@ -154,29 +151,13 @@ class ScanLabels:
             return whole.numpy()
         logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
         probabilities = self._space.probabilities(logits[None])[0]
-        labels = self._refined(probabilities, image)
-        if self._reach > 0:
+        labels = self.refinement.labels(probabilities, image, self._space, self._planar)
+        if self._reach > 0 and any(self._open):
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
-            labels = self._refined(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image)
+            mixed = torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH)
+            labels = self.refinement.labels(mixed, image, self._space, self._planar)
         whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
         return whole.numpy()
-
-    def _refined(self, probabilities: Tensor, image: Tensor) -> Tensor:
-        """Decisions about a scan, int8, without small pieces."""
-        refined = refine(probabilities, image, self._config, self._space, self._planar)
-        labels = self._space.decide(refined[None], 0.0).labels[0].to(torch.int8)
-        return largest_pieces(labels, self._single, self._share, self._space) if self._config.largest_piece else labels
-
-
-def surroundings(mask: Tensor, margins: Sequence[int]) -> tuple[slice, ...] | None:
-    """The box around a mask, with a margin in voxels along each axis; None where the mask is empty."""
-    sides = []
-    for axis, margin in enumerate(margins):
-        places = mask.amax([other for other in range(mask.ndim) if other != axis]).nonzero()
-        if not len(places):
-            return None
-        sides.append(slice(max(0, int(places[0]) - margin), int(places[-1]) + 1 + margin))
-    return tuple(sides)
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
@@ -232,7 +213,7 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"({trainer._config_source}); change it, or set 'scan_labels.at' to []."
         )
     wanted = bool(config.scan_labels.at) and config.uses_unlabelled and bool(cases)
-    if wanted and not config.scan_labels.in_space and not is_planar(trainer):
+    if wanted and not config.scan_labels.in_space and not is_planar(trainer.configuration_manager.spacing):
         trainer.print_to_log_file("No labels of whole scans: voxels are not much thicker than wide, and 'scan_labels.in_space' is off.")
         wanted = False
     made = ScanLabels(trainer, cases) if wanted else None
@@ -243,11 +224,6 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             made.files.keep([epoch for epoch in made.begins if epoch < trainer.current_epoch])
     distributed.wait_for_all()
     return made
-
-
-def is_planar(trainer: Any) -> bool:
-    """Whether the configuration is 2D, or its voxels more than three times as thick as wide."""
-    return len(rotation_planes(trainer.configuration_manager.spacing)) == 1
 
 
 def remove(trainer: Any) -> None:
