@@ -198,7 +198,7 @@ class ScanLabelsConfig:
             may show one of two organs.
         in_space: also where a 3D configuration's voxels are less than three times as thick as wide. Off, because it cost accuracy
             on the one such data set that it was tried on.
-        most_scans: so many scans get labels at most, evenly spread over the cases; the others are taught as before.
+        most_scans: so many scans get labels at most, chosen at random, the same ones each time; the others are taught as before.
     """
 
     at: tuple[float, ...] = _between(0.0, 1.0, (0.3, 0.5, 0.7, 0.85))

@@ -215,7 +215,7 @@ def test_a_case_whose_middle_lacks_a_class_comes_last(tmp_path: Path) -> None:
     for i in range(4):
         save(tmp_path, f"c{i}", scan(3 * i), labels((7, 20, 18), range(2) if i == 1 else range(7)))
     ranked = rank_exemplars([f"c{i}" for i in range(4)], data_set(tmp_path))
-    assert [ranked[-1].case, ranked[-1].slice] == ["c1", 1 + OFFSET]
+    assert (ranked[-1].case, ranked[-1].slice) == ("c1", OFFSET)
 
 
 def test_every_patient_has_its_turn_before_one_comes_again(dataset: PreprocessedDataset) -> None:

@@ -139,6 +139,15 @@ def test_only_the_surroundings_of_foreground_are_worked_on(
     assert not made._labels_of(logits, image).any()
 
 
+def test_the_scans_that_get_labels_are_of_all_kinds() -> None:
+    """Names that alternate, such as two frames of each patient, do not make a choice of one kind only."""
+    cases = [f"patient{i:03d}_frame{frame:02d}" for i in range(70) for frame in (1, 12)]
+    few = rounds.chosen(cases[::-1], 70)
+    assert few == rounds.chosen(cases, 70) == sorted(set(few)) and len(few) == 70
+    assert 20 < sum(case.endswith("01") for case in few) < 50
+    assert rounds.chosen(cases, 140) == rounds.chosen(cases, 1000) == cases
+
+
 def test_the_box_around_a_mask() -> None:
     mask = torch.zeros(5, 20, 20, dtype=torch.bool)
     assert refinement.surroundings(mask, [0, 1, 1]) is None
@@ -323,7 +332,7 @@ def test_volumes_of_cubic_voxels_only_where_asked_for(workspace: Workspace, monk
 def test_a_few_scans_only(workspace: Workspace) -> None:
     workspace.configure(**{**ON, "num_epochs": 3, "log_hidden_accuracy": False, "scan_labels": {"at": [0.3], "most_scans": 2}})
     trainer = workspace.interrupted(2)
-    assert sorted(path.stem for path in (folder(workspace) / "epoch_1").iterdir()) == [UNLABELLED[0], UNLABELLED[-1]]
+    assert sorted(path.stem for path in (folder(workspace) / "epoch_1").iterdir()) == rounds.chosen(UNLABELLED, 2)
     assert not any("scan_label_dice" in key for key in logs(trainer))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import shutil
 import time
 from collections import deque
@@ -35,7 +36,6 @@ from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
 from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece, surroundings
 from nnunetv2_cmems.trainers import distributed, resume
-from nnunetv2_cmems.trainers.first_look import sample
 from nnunetv2_cmems.trainers.prediction import is_planar, predict_like_folds, predicting
 
 FOLDER = "scan_labels"
@@ -67,7 +67,7 @@ class ScanLabels:
     def __init__(self, trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> None:
         self._config: ScanLabelsConfig = trainer.config.scan_labels
         self._space: LabelSpace = trainer.label_space
-        self._cases = {case: cases[case] for case in sample(list(cases), self._config.most_scans)}
+        self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
         volumes = whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
         single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
         self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE)
@@ -158,6 +158,12 @@ class ScanLabels:
             labels = self.refinement.labels(mixed, image, self._space, self._planar)
         whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
         return whole.numpy()
+
+
+def chosen(cases: Iterable[str], most: int) -> list[str]:
+    """``most`` cases at random, the same ones each time; sorted. Every second of sorted names may be of one kind, as are ACDC's frames."""
+    ordered = sorted(cases)
+    return ordered if len(ordered) <= most else sorted(random.Random(0).sample(ordered, most))
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
