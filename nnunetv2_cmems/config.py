@@ -188,10 +188,9 @@ class ScanLabelsConfig:
     Attributes:
         at: fractions of the training, 0 and 1 excluded, at which labels are made, each time anew; ``[]``: never. Nothing is made where
             both consistency terms are switched off; ``consistency`` must be ``"pseudo_label"``.
-        unweighting: how much of the supervised cross-entropy's class weights, which make organs too large, is taken off what the members
-            say: the weights' logarithms times this are subtracted from the logits. 0: nothing; 1: what cross-entropy alone would call for.
         appearance: weight of the grey values' log-likelihood beside what the members say. 0: their grey values do not count.
         smoothing: sigma, in voxels, of the blur of what the members say; within slices for 2D configurations and thick slices. 0: none.
+            Half of it where predictions are refined.
         growth: how far organs may grow over what no edge separates from them, as a fraction of the patch's shorter side. 0: not at all.
         largest_piece: keep only the largest connected piece of the foreground where the annotated volume's foreground is one piece, and
             so for each class. Where only slices are annotated, pieces at least half as large as the largest one are kept, too: a slice
@@ -202,9 +201,8 @@ class ScanLabelsConfig:
     """
 
     at: tuple[float, ...] = _between(0.0, 1.0, (0.3, 0.5, 0.7, 0.85))
-    unweighting: float = _between(0.0, 1.0, 0.5)
-    appearance: float = _between(0.0, 1.0, 0.5)
-    smoothing: float = _between(0.0, 20.0, 1.0)
+    appearance: float = _between(0.0, 1.0, 0.7)
+    smoothing: float = _between(0.0, 20.0, 2.0)
     growth: float = _between(0.0, 1.0, 0.07)
     largest_piece: bool = True
     in_space: bool = False

@@ -82,7 +82,7 @@ def logged(checkpoint: Path) -> dict[str, list[Any]]:
 
 
 def test_train_be_killed_continue_predict_export(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    workspace.configure(num_epochs=4, iterations_per_epoch=4, architecture="plans")
+    workspace.configure(num_epochs=4, iterations_per_epoch=4, architecture="plans", refine_predictions=False)  # as an export predicts
     fold = workspace.fold()
     train = (str(DATASET_ID), CONFIGURATION, "0", "-tr", "nnUNetTrainerCMEMS", "-device", "cpu")
 

@@ -23,7 +23,7 @@ from test_trainer_bad_input import damage, files, garbage, refusal
 
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.study import run
-from nnunetv2_cmems.trainers import cmems, faults, nnUNetTrainerCMEMS, nnUNetTrainerCMEMS_exemplarOnly
+from nnunetv2_cmems.trainers import faults, nnUNetTrainerCMEMS, nnUNetTrainerCMEMS_exemplarOnly, prediction
 from nnunetv2_cmems.trainers.faults import SkippedSteps, broken_terms
 
 FULL = Path("/dev/full")
@@ -312,7 +312,7 @@ def test_failures_of_the_final_validation(workspace: Workspace, monkeypatch: pyt
     whole = image.read_bytes()
 
     with monkeypatch.context() as patch:
-        patch.setattr(cmems, "_predict_with_one_network", fail(on_the_gpu))
+        patch.setattr(prediction, "predict_with_one_network", fail(on_the_gpu))
         message = refusal(trainer.perform_actual_validation)
         assert "memory ran out during the final validation (2.00 GiB" in message and "nnUNet_def_n_proc" in message
         predictor = nnUNetPredictor(device=torch.device("cpu"))

@@ -87,18 +87,6 @@ def test_certain_probabilities_decide_for_the_same_labels(d: int) -> None:
 
 
 @DIMENSIONS
-def test_class_weights_are_taken_off_logits(d: int) -> None:
-    """With weights w a cross-entropy leads to probabilities in the ratio of w p."""
-    truth, weights = heads([[0.7, 0.2], [0.2, 0.2], [0.1, 0.6]], d), torch.tensor([0.5, 2.0, 4.0])
-    weighted = truth * weights.reshape(1, 3, *[1] * d)
-    found = CLASSES.probabilities(CLASSES.unweighted(weighted.log(), weights))
-    torch.testing.assert_close(found, truth)
-    pairs = torch.tensor([[1.0, 1.0], [0.5, 2.0], [4.0, 1.0]])  # outside, inside
-    odds = truth / (1 - truth) * (pairs[:, 1] / pairs[:, 0]).reshape(1, 3, *[1] * d)
-    torch.testing.assert_close(REGIONS.probabilities(REGIONS.unweighted(odds.log(), pairs)), truth)
-
-
-@DIMENSIONS
 @pytest.mark.parametrize("space", [CLASSES, REGIONS])
 def test_logits_of_probabilities(space: LabelSpace, d: int) -> None:
     probabilities = space.probabilities(torch.randn(2, 3, *[4] * d))

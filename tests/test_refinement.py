@@ -13,7 +13,7 @@ from nnunetv2_cmems.method.refinement import Refinement, _binned, in_one_piece, 
 
 CLASSES = Classes(("organ", "wall"))
 REGIONS = Regions(("both", "organ"), None, ((1, 2), (1,)))
-CONFIG = ScanLabelsConfig(appearance=0.7, smoothing=2.0)
+CONFIG = ScanLabelsConfig()
 SHAPE = (6, 40, 40)
 PLANAR = pytest.mark.parametrize("planar", [True, False], ids=["planar", "in space"])
 

@@ -38,7 +38,7 @@ from nnunetv2_cmems.trainers.prediction import predict_like_folds, predicting
 from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
-AS_PREDICTED = {"at": [0.5], "unweighting": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}
+AS_PREDICTED = {"at": [0.5], "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}
 ON: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
 
 
@@ -236,7 +236,8 @@ def predicted(workspace: Workspace) -> tuple[np.ndarray, np.ndarray]:
 def test_predictions_are_refined_as_the_labels_are(workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]]) -> None:
     workspace.configure(**ON)
     trainer = workspace.train(**prepare(workspace))
-    rule = trainer._scan_labels.refinement
+    rule = trainer._scan_labels.prediction_refinement
+    assert rule.config.smoothing == trainer.config.scan_labels.smoothing / 2 and rule.single == trainer._scan_labels.refinement.single
     stored = torch.load(workspace.fold() / "checkpoint_final.pth", weights_only=False)["network_weights"]["refinement"]
     assert torch.equal(stored, rule.to_tensor())
     refined, raw = predicted(workspace)

@@ -59,10 +59,6 @@ class LabelSpace(ABC):
         """(B, *spatial): the largest logarithm of the odds of a class against the background, or of a region."""
 
     @abstractmethod
-    def unweighted(self, logits: Tensor, weights: Tensor) -> Tensor:
-        """Logits that a cross-entropy without these weights would have led to (Menon et al., ICLR 2021): (B, heads, *spatial)."""
-
-    @abstractmethod
     def target(self, labels: Tensor) -> Tensor:
         """A label map (B, *spatial) in head space. What is unknown (negative) becomes background."""
 
@@ -111,9 +107,6 @@ class Classes(LabelSpace):
     def foreground_logits(self, logits: Tensor) -> Tensor:
         return logits[:, 1:].amax(1) - logits[:, 0]
 
-    def unweighted(self, logits: Tensor, weights: Tensor) -> Tensor:
-        return logits - _along_heads(weights.log(), logits)
-
     def target(self, labels: Tensor) -> Tensor:
         return labels.clamp_min(0)
 
@@ -159,10 +152,6 @@ class Regions(LabelSpace):
     def foreground_logits(self, logits: Tensor) -> Tensor:
         return logits.amax(1)
 
-    def unweighted(self, logits: Tensor, weights: Tensor) -> Tensor:
-        outside, inside = weights.log().unbind(1)
-        return logits - _along_heads(inside - outside, logits)
-
     def target(self, labels: Tensor) -> Tensor:
         return torch.stack([self._inside(labels, region) for region in self.values], 1)
 
@@ -187,8 +176,3 @@ class Regions(LabelSpace):
     @staticmethod
     def _inside(labels: Tensor, region: tuple[int, ...]) -> Tensor:
         return reduce(torch.logical_or, [labels == value for value in region])
-
-
-def _along_heads(values: Tensor, logits: Tensor) -> Tensor:
-    """(heads,) as (heads, 1, ...), to be added to (B, heads, *spatial)."""
-    return values.to(logits.device).reshape(-1, *[1] * (logits.ndim - 2))

@@ -149,7 +149,7 @@ def _competence(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stud
 def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study:
     known: dict[Value, dict[str, Any]] = {
         "none": {"scan_labels": {"at": []}},
-        "as predicted": {"scan_labels": {"unweighting": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}},
+        "as predicted": {"scan_labels": {"appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}},
         "refined": {"scan_labels": {"growth": 0.0}},
         "refined and grown": {},
     }

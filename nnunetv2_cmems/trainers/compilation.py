@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -21,10 +22,17 @@ def phases(config: CMEMSConfig) -> list[float]:
     return list(found.values())
 
 
-def rehearse(network: Any, objective: Any, unlabelled: Tensor | None, offsets: Tensor | None) -> None:
+def rehearse(network: Any, objective: Any, unlabelled: Tensor | None, offsets: Tensor | None, predict: Callable[[], object] | None) -> None:
     """Run a compiled network once forth and back as in each phase of the training, and forget the gradients.
 
     Without it the training would stop for a new compilation when the consistency terms begin. Random numbers are drawn.
+
+    Args:
+        network: compiled or not; nothing happens if it is not.
+        objective: the training's.
+        unlabelled: as for ``objective``, like ``offsets``.
+        offsets: see there.
+        predict: predicts a window, as will be done in the midst of the training; None: that will not be done.
     """
     if not isinstance(without_talk(network), OptimizedModule):
         return
@@ -32,3 +40,5 @@ def rehearse(network: Any, objective: Any, unlabelled: Tensor | None, offsets: T
     for progress in phases(objective.config):
         objective(network, unlabelled, progress, offsets).total.backward()
     network.zero_grad(set_to_none=True)
+    if predict is not None:
+        predict()

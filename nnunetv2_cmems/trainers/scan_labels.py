@@ -7,6 +7,7 @@ checkpoint has behind it is made again, so that a training that goes on ends as 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -71,6 +72,9 @@ class ScanLabels:
         volumes = whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
         single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
         self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE)
+        # what networks say at the end of a training is more exact than what they say in its midst
+        finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
+        self.prediction_refinement = dataclasses.replace(self.refinement, config=finer)
         self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
         self._planar = is_planar(trainer.configuration_manager.spacing)
         self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
@@ -95,6 +99,13 @@ class ScanLabels:
             if resume.epochs_done(os.path.join(trainer.output_folder, "checkpoint_latest.pth")) >= there[-1]:
                 self.files.keep(there[-1:])
 
+    def rehearse(self, trainer: Any) -> None:
+        """Predict a window of nothing, for which a compiled network is compiled then."""
+        patch = trainer.configuration_manager.patch_size
+        image = torch.zeros(trainer.num_input_channels, *[1] * (3 - len(patch)), *patch)
+        with predicting(trainer, mirroring=False) as predictor:
+            predict_like_folds(predictor, image)
+
     def _make(self, trainer: Any, begin: int) -> None:
         start = time.monotonic()
         target = self.files.round_folder(begin)
@@ -105,13 +116,12 @@ class ScanLabels:
         mine = list(self._cases)[trainer.local_rank :: distributed.count_processes()]
         scores: list[np.ndarray] = []
         patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
-        weights = trainer._objective.supervised_weights(begin / trainer.num_epochs).cpu() ** self._config.unweighting
         with predicting(trainer, mirroring=False) as predictor:
             predicted = (self._predict(case, predictor) for case in mine)
 
             def finish(prediction: tuple[str, Tensor, Tensor]) -> list[np.ndarray]:
                 case, logits, image = prediction
-                labels = self._labels_of(self._space.unweighted(logits[None].float(), weights)[0], image)
+                labels = self._labels_of(logits, image)
                 _save(temporary, case, labels)
                 if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
                     return _hidden_dice(case, self._cases[case], labels, self._space)
