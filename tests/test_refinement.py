@@ -222,7 +222,9 @@ def test_far_from_organs_logits_stay() -> None:
     logits[0] = 9.0
     logits[:, 2:4, 10:20, 10:20] = torch.tensor([-5.0, 5.0, 0.0])[:, None, None, None]
     logits += 0.1 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    kept = logits.clone()
     refined = Refinement(CONFIG, (True, True, True), 1.0).logits(logits, grey(ball(12)), CLASSES, True)
+    assert torch.equal(logits, kept) and not torch.equal(refined, kept)
     assert torch.equal(refined[:, :2], logits[:, :2]) and torch.equal(refined[..., 30:], logits[..., 30:])
     empty = torch.stack([torch.full(SHAPE, 9.0), *[torch.full(SHAPE, -9.0)] * 2])
     assert torch.equal(Refinement(CONFIG, (True, True, True), 1.0).logits(empty, grey(ball(12)), CLASSES, True), empty)

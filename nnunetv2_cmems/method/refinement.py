@@ -84,7 +84,7 @@ class Refinement:
         probabilities = refine(space.probabilities(logits[place][None])[0], image[place], self.config, space, planar)
         labels = space.decide(probabilities[None], 0.0).labels[0].to(torch.int8)
         kept = self._decided(probabilities, space)
-        refined = logits.float()
+        refined = logits.to(torch.float32, copy=True)
         refined[place] = space.without(space.logits(probabilities[None]), (labels != kept)[None])[0]
         return refined
 
