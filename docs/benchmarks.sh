@@ -37,7 +37,7 @@ acdc)
     prepare 27 Dataset027_ACDC "" "$(realpath "${1:?$usage}")"
     shift
     id=27
-    # One slice each: the automatic choice, and two further ones of other patients.
+    # One slice each, of three patients; the first one was the automatic choice when most of the tables were made.
     echo '[[{"case": "patient053_frame01", "slice": 3}], [{"case": "patient026_frame01", "slice": 4}],
            [{"case": "patient018_frame10", "slice": 3}]]' >"$out/exemplars.json"
     trained=(--trainers CMEMS exemplarOnly meanTeacher cps fixMatch uniMatch crossTeaching imageOnly featureOnly noSynthesis paper allLabels)
