@@ -215,8 +215,8 @@ class CMEMSConfig:
 
     Attributes:
         exemplar: the annotated slices or volumes; or ``"all"``, everything that is annotated in the fold's training
-            cases; or ``"one"``, the most typical slice (in 3D: volume) of them, the other labels hidden; or
-            ``"auto"``: all where the data set has scans without labels in ``imagesUn``, else one.
+            cases; or ``"one"``, the slice of them that ``suggest`` would name first (in 3D: the most typical volume), the other labels
+            hidden; or ``"auto"``: all where the data set has scans without labels in ``imagesUn``, else one.
         allow_missing_classes: go on when the exemplars together lack a class.
         num_members: number of networks that teach each other. Two is the paper's method; one is
             its own teacher (as in FixMatch).

@@ -2,8 +2,9 @@
 
 The members become folds of a plain ``nnUNetTrainer``. Our own prediction takes the mean of the members as
 nnU-Net takes the mean of folds, rounding included, so one trained fold and its export predict the same
-masks to the last voxel. Several trained folds that are exported together are averaged in another order,
-in nnU-Net's half precision: voxels whose two best classes tie can then come out either way.
+to the last voxel, but for the refinement that ours adds where the training says so (``refine_predictions``).
+Several trained folds that are exported together are averaged in another order, in nnU-Net's half precision:
+voxels whose two best classes tie can then come out either way.
 
 With ``--distil`` the members teach one network, which is exported alone: its prediction costs what one network's costs.
 """

@@ -65,10 +65,9 @@ class Refinement:
 
     def labels(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """Decisions about a scan without small pieces, int8 (Z, Y, X) or (R, Z, Y, X); arguments as for :func:`refine`."""
-        return self._decided(refine(probabilities, image, self.config, space, planar), space)
+        return self._large_pieces(_decided(refine(probabilities, image, self.config, space, planar), space), space)
 
-    def _decided(self, probabilities: Tensor, space: LabelSpace) -> Tensor:
-        labels = space.decide(probabilities[None], 0.0).labels[0].to(torch.int8)
+    def _large_pieces(self, labels: Tensor, space: LabelSpace) -> Tensor:
         return largest_pieces(labels, self.single, self.share, space) if self.config.largest_piece else labels
 
     def logits(self, logits: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
@@ -82,11 +81,15 @@ class Refinement:
             return logits
         place = (slice(None), *box)
         probabilities = refine(space.probabilities(logits[place][None])[0], image[place], self.config, space, planar)
-        labels = space.decide(probabilities[None], 0.0).labels[0].to(torch.int8)
-        kept = self._decided(probabilities, space)
+        labels = _decided(probabilities, space)
+        removed = labels != self._large_pieces(labels, space)
         refined = logits.to(torch.float32, copy=True)
-        refined[place] = space.without(space.logits(probabilities[None]), (labels != kept)[None])[0]
+        refined[place] = space.without(space.logits(probabilities[None]), removed[None])[0]
         return refined
+
+
+def _decided(probabilities: Tensor, space: LabelSpace) -> Tensor:
+    return space.decide(probabilities[None], 0.0).labels[0].to(torch.int8)
 
 
 def surroundings(mask: Tensor, margins: Sequence[int]) -> tuple[slice, ...] | None:

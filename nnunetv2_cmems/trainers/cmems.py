@@ -259,7 +259,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if self._needs_unlabelled:
             size = self._objective.batches.unlabelled or 2  # where only the synthetic stream needs them
             self._scan_labels = scan_labels.begin(self, unlabelled)
-            if self._scan_labels and self._scan_labels.begins and self.config.refine_predictions:
+            if self._scan_labels and self.config.refine_predictions:
                 self.mutual_networks.refinement = self._scan_labels.prediction_refinement.to_tensor().to(self.device)
             files = self._scan_labels.files if self._scan_labels else None
             train = self._with_workers(UnlabelledLoader(unlabelled, size, crop, self.configuration_manager.patch_size, files), 1)
@@ -424,6 +424,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
         def weights(progress: float) -> Tensor:
             return weights_from(counts, config.class_weighting_at(progress))
+
         pseudo_weights = self.label_space.weights(bank.labels, self.config.pseudo_class_weighting)
         batches = batch_sizes(config, self.configuration_manager.batch_size)
         part = distributed.share(batches, self.local_rank, distributed.count_processes())
@@ -447,7 +448,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             unlabelled, offsets = self._unlabelled(next(self.dataloader_train))
             path = os.path.join(self.output_folder, "exemplar.png")
-            label = functools.partial(self._scan_labels.rehearse, self) if self._scan_labels and self._scan_labels.begins else None
+            label = functools.partial(self._scan_labels.rehearse, self) if self._scan_labels else None
             rehearse(self.network, self._objective, unlabelled, offsets, label)
             drawn = self._objective, self.exemplars, unlabelled, offsets, self._class_names()
             self._side_files.write(path, lambda path: draw_snapshot(path, *drawn))

@@ -228,7 +228,7 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"labels of whole scans ('scan_labels.at') need 'consistency' to be \"pseudo_label\", but it is \"{config.consistency}\" "
             f"({trainer._config_source}); change it, or set 'scan_labels.at' to []."
         )
-    wanted = bool(config.scan_labels.at) and config.uses_unlabelled and bool(cases)
+    wanted = bool(starts(config.scan_labels, trainer.num_epochs)) and config.uses_unlabelled and bool(cases)
     if wanted and not config.scan_labels.in_space and not is_planar(trainer.configuration_manager.spacing):
         trainer.print_to_log_file("No labels of whole scans: voxels are not much thicker than wide, and 'scan_labels.in_space' is off.")
         wanted = False
