@@ -188,6 +188,8 @@ class ScanLabelsConfig:
     Attributes:
         at: fractions of the training, 0 and 1 excluded, at which labels are made, each time anew; ``[]``: never. Nothing is made where
             both consistency terms are switched off; ``consistency`` must be ``"pseudo_label"``.
+        propagation: share of a scan's slices, for each class those on which the members agree best, from which what they say is carried to
+            the other slices by registration. 0: nothing is carried. For 2D configurations and thick slices; needs two members.
         appearance: weight of the grey values' log-likelihood beside what the members say. 0: their grey values do not count.
         smoothing: sigma, in voxels, of the blur of what the members say; within slices for 2D configurations and thick slices. 0: none.
             Half of it where predictions are refined.
@@ -201,8 +203,9 @@ class ScanLabelsConfig:
     """
 
     at: tuple[float, ...] = _between(0.0, 1.0, (0.3, 0.5, 0.7, 0.85))
-    appearance: float = _between(0.0, 1.0, 0.7)
-    smoothing: float = _between(0.0, 20.0, 2.0)
+    propagation: float = _between(0.0, 1.0, 0.25)
+    appearance: float = _between(0.0, 1.0, 0.5)
+    smoothing: float = _between(0.0, 20.0, 1.0)
     growth: float = _between(0.0, 1.0, 0.07)
     largest_piece: bool = True
     in_space: bool = False
@@ -268,8 +271,9 @@ class CMEMSConfig:
         unlabelled_views: deformation of the unlabelled crop, shared by all of its views.
         synthesis: the operation Ω.
         feature_perturbation: channel dropout of the feature granularity.
-        refine_predictions: predictions of whole scans follow their grey values and lose small pieces, as ``appearance``, ``smoothing`` and
-            ``largest_piece`` of ``scan_labels`` say; where a training makes no labels of whole scans, its predictions are not refined.
+        refine_predictions: predictions of whole scans follow their most certain slices and their grey values, and lose small pieces, as
+            ``propagation``, ``appearance``, ``smoothing`` and ``largest_piece`` of ``scan_labels`` say; where a training makes no labels
+            of whole scans, its predictions are not refined.
         scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.

@@ -13,7 +13,7 @@ from nnunetv2_cmems.method.refinement import Refinement, _binned, in_one_piece, 
 
 CLASSES = Classes(("organ", "wall"))
 REGIONS = Regions(("both", "organ"), None, ((1, 2), (1,)))
-CONFIG = ScanLabelsConfig()
+CONFIG = ScanLabelsConfig(appearance=0.7, smoothing=2.0)
 SHAPE = (6, 40, 40)
 PLANAR = pytest.mark.parametrize("planar", [True, False], ids=["planar", "in space"])
 
@@ -232,7 +232,34 @@ def test_far_from_organs_logits_stay() -> None:
 
 @pytest.mark.parametrize("single", [(True, False, True), (False, False)])
 def test_a_refinement_is_kept_with_the_weights(single: tuple[bool, ...]) -> None:
-    rule = Refinement(ScanLabelsConfig(appearance=0.25, smoothing=1.5, largest_piece=False), single, 0.5)
-    again = Refinement.from_tensor(rule.to_tensor())
+    space = Classes(("organ", "wall")[: len(single) - 1])
+    rule = Refinement(ScanLabelsConfig(appearance=0.25, smoothing=1.5, largest_piece=False, propagation=0.5), single, 0.5)
+    again = Refinement.from_tensor(rule.to_tensor(), space)
     assert (again.single, again.share) == (single, 0.5)
-    assert (again.config.appearance, again.config.smoothing, again.config.largest_piece) == (0.25, 1.5, False)
+    kept = ("appearance", "smoothing", "largest_piece", "propagation")
+    assert all(getattr(again.config, name) == getattr(rule.config, name) for name in kept)
+    older = Refinement.from_tensor(rule.to_tensor()[:-1], space)  # of a checkpoint from before slices were propagated
+    assert older.config.propagation == 0 and older.single == single
+
+
+@PLANAR
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_logits_are_propagated_where_slices_are_apart(planar: bool, share: float) -> None:
+    """Two members agree on all slices but the last; with an agreement that is unknown, in space or switched off this counts for nothing."""
+    truth = ball(12)
+    truth[-1] = ball(12)[0].roll(4, 0)
+    wrong = truth.clone()
+    wrong[-1] = truth[-1].roll(9, 1)
+    agreement = torch.ones(2, len(truth))
+    agreement[:, -1] = 0.2
+    logits = CLASSES.logits(says(wrong, CLASSES, sure=0.99)[None])[0]
+    config = ScanLabelsConfig(appearance=0.0, smoothing=0.0, largest_piece=False, propagation=share)
+    rule, image = Refinement(config, (True, True, True), 1.0), grey(truth, noise=0.1)
+    plain = rule.logits(logits, image, CLASSES, planar)
+    refined = rule.logits(logits, image, CLASSES, planar, agreement)
+    if not planar or share == 0:
+        assert torch.equal(refined, plain)
+    else:
+        before, after = ([dice(CLASSES.probabilities(found[None])[0][:, -1:], truth[-1:], CLASSES) for found in (plain, refined)])
+        assert min(after) > max(before) + 0.2
+        assert torch.equal(refined[:, :-1].argmax(0), logits[:, :-1].argmax(0))

@@ -34,11 +34,11 @@ from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first
 from nnunetv2_cmems.trainers import scan_labels as rounds
-from nnunetv2_cmems.trainers.prediction import predict_like_folds, predicting
+from nnunetv2_cmems.trainers.prediction import predict_like_folds, predict_with_agreement, predicting
 from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
-AS_PREDICTED = {"at": [0.5], "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}
+AS_PREDICTED = {"at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}
 ON: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
 
 
@@ -221,6 +221,37 @@ def test_labels_grow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prep
     assert len(seen) == len(UNLABELLED) and all(reach == 8 and planar for _, _, reach, _, _, planar in seen)
 
 
+@pytest.mark.parametrize(
+    ("prepare", "config", "heads"),
+    [
+        (lambda workspace: {}, {}, 3),
+        (with_regions, {}, 3),
+        (in_three_dimensions, {}, 3),
+        (lambda workspace: {}, {"scan_labels": {"at": [0.5], "propagation": 0}}, 0),
+        (lambda workspace: {}, {"num_members": 1}, 0),
+    ],
+    ids=["classes", "regions", "thick slices", "off", "one member"],
+)
+def test_labels_follow_the_slices_that_members_agree_on(
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    prepare: Callable[[Workspace], dict[str, Any]],
+    config: dict[str, Any],
+    heads: int,
+) -> None:
+    """Of each scan, with the agreement that its own slices have."""
+    seen: list[tuple[Tensor, ...]] = []
+    monkeypatch.setattr(refinement, "propagate", lambda *given: (seen.append(given), torch.zeros_like(given[0]))[1])
+    workspace.configure(**{**ON, "refine_predictions": False, **config})
+    trainer = workspace.make(**prepare(workspace))
+    trainer.on_train_end = lambda: None
+    trainer.run_training()
+    assert len(seen) == (len(UNLABELLED) if heads else 0)
+    for probabilities, image, agreement, share, _ in seen:
+        assert agreement.shape == (heads, image.shape[1]) == (heads, probabilities.shape[1]) and share == 0.25
+        assert not agreement.isnan().all() and (agreement.nan_to_num() >= 0).all() and (agreement.nan_to_num() <= 1).all()
+
+
 # ------------------------------------------------------------------ predictions
 
 
@@ -242,7 +273,10 @@ def test_predictions_are_refined_as_the_labels_are(workspace: Workspace, prepare
     assert torch.equal(stored, rule.to_tensor())
     refined, raw = predicted(workspace)
     image = torch.from_numpy(workspace.image(VALIDATION[0]))
-    expected = rule.logits(torch.from_numpy(raw), image, trainer.label_space, True).half()
+    with predicting(trainer, mirroring=False) as predictor:
+        mean, agreement = predict_with_agreement(predictor, image, trainer.label_space)
+    assert agreement is not None and np.array_equal(mean.numpy(), raw)
+    expected = rule.logits(mean, image, trainer.label_space, True, agreement).half()
     assert refined.dtype == raw.dtype and np.array_equal(refined, expected.numpy()) and not np.array_equal(refined, raw)
 
 

@@ -3,7 +3,7 @@
 A scan's organs differ from their surroundings in this very scan, whatever its scanner did to the grey values. The refinement is EM
 segmentation with a spatial prior, as of Van Leemput et al. (IEEE TMI 18, 1999) and Ashburner & Friston (NeuroImage 26, 2005). The
 simplification is ours: the prior is the networks' blurred prediction of the scan itself, grey values have histograms instead of
-Gaussians, their likelihood has a weight below 1, and there are no bias field and no registration.
+Gaussians, their likelihood has a weight below 1, and there are no bias field and no registration to an atlas.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.perturbations import blur
+from nnunetv2_cmems.method.propagation import propagate
 
 ITERATIONS = 3
 """Of histograms from probabilities, and probabilities from histograms."""
@@ -30,6 +32,9 @@ LEAST_LOGIT = -6.0
 
 NEAR = 0.02
 """Prior probability of any foreground above which a voxel takes part. Elsewhere the prior stays: there is no island far from organs."""
+
+ROOM = 16
+"""Voxels around what may be foreground that are looked at where slices are registered."""
 
 _SMOOTHING = 1.0  # sigma of the histograms' blur, in bins
 _FLOOR = 1e-2  # voxels that each bin has at least
@@ -42,7 +47,7 @@ class Refinement:
     """What is done to the prediction of a whole scan, and what the annotated images say for it.
 
     Attributes:
-        config: ``appearance``, ``smoothing`` and ``largest_piece`` count here.
+        config: ``appearance``, ``smoothing``, ``largest_piece`` and ``propagation`` count here.
         single: what is one connected piece, from :func:`in_one_piece`.
         share: which other pieces are kept, see :func:`largest_pieces`.
     """
@@ -52,16 +57,38 @@ class Refinement:
     share: float
 
     def to_tensor(self) -> Tensor:
-        """(4 + number of classes or regions + 1,), to be kept with the networks' weights."""
-        numbers = self.config.appearance, self.config.smoothing, self.config.largest_piece, self.share
-        return torch.tensor([*map(float, numbers), *map(float, self.single)])
+        """(4 + number of classes or regions + 1 + 1,), to be kept with the networks' weights."""
+        config = self.config
+        numbers = config.appearance, config.smoothing, config.largest_piece, self.share
+        return torch.tensor([*map(float, numbers), *map(float, self.single), float(config.propagation)])
 
     @classmethod
-    def from_tensor(cls, stored: Tensor) -> Refinement:
-        """The inverse of :meth:`to_tensor`; other values of the config are the defaults."""
-        appearance, smoothing, largest_piece, share, *single = stored.tolist()
-        config = ScanLabelsConfig(appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece))
+    def from_tensor(cls, stored: Tensor, space: LabelSpace) -> Refinement:
+        """The inverse of :meth:`to_tensor`; other values of the config are the defaults. In older checkpoints nothing is propagated."""
+        appearance, smoothing, largest_piece, share, *others = stored.tolist()
+        parts = 1 + len(space.names)
+        single, propagation = others[:parts], others[parts] if len(others) > parts else 0.0
+        config = ScanLabelsConfig(
+            appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece), propagation=propagation
+        )
         return cls(config, tuple(map(bool, single)), share)
+
+    def propagated(self, probabilities: Tensor, image: Tensor, agreement: Tensor | None, space: LabelSpace, planar: bool) -> Tensor:
+        """What slices that members agree on say about the others, see :func:`~nnunetv2_cmems.method.propagation.propagate`.
+
+        The probabilities as they are where slices are not apart from each other (``planar``) or nothing is known of an agreement.
+        """
+        if not self._propagates(agreement, planar):
+            return probabilities
+        return propagate(probabilities, image, agreement, self.config.propagation, space)
+
+    def margin(self, agreement: Tensor | None, planar: bool) -> int:
+        """How far around what may be foreground a scan is worked on, in voxels."""
+        blurred = math.ceil(3 * self.config.smoothing) + 1
+        return max(blurred, ROOM) if self._propagates(agreement, planar) else blurred
+
+    def _propagates(self, agreement: Tensor | None, planar: bool) -> TypeGuard[Tensor]:
+        return agreement is not None and planar and self.config.propagation > 0
 
     def labels(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """Decisions about a scan without small pieces, int8 (Z, Y, X) or (R, Z, Y, X); arguments as for :func:`refine`."""
@@ -70,17 +97,22 @@ class Refinement:
     def _large_pieces(self, labels: Tensor, space: LabelSpace) -> Tensor:
         return largest_pieces(labels, self.single, self.share, space) if self.config.largest_piece else labels
 
-    def logits(self, logits: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+    def logits(
+        self, logits: Tensor, image: Tensor, space: LabelSpace, planar: bool, agreement: Tensor | None = None
+    ) -> Tensor:
         """Refined logits of a scan (heads, Z, Y, X), from the networks'. What is not near foreground stays as it is.
 
-        Where a piece is removed, the background is as sure as the organ was.
+        Where a piece is removed, the background is as sure as the organ was. With ``agreement``, (F, Z), they are :meth:`propagated` first.
         """
-        margin = math.ceil(3 * self.config.smoothing) + 1
+        margin = self.margin(agreement, planar)
         box = surroundings(space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if planar else margin, margin, margin])
         if box is None:
             return logits
         place = (slice(None), *box)
-        probabilities = refine(space.probabilities(logits[place][None])[0], image[place], self.config, space, planar)
+        probabilities = space.probabilities(logits[place][None])[0]
+        if agreement is not None:
+            probabilities = self.propagated(probabilities, image[place], agreement[:, box[0]], space, planar)
+        probabilities = refine(probabilities, image[place], self.config, space, planar)
         labels = _decided(probabilities, space)
         removed = labels != self._large_pieces(labels, space)
         refined = logits.to(torch.float32, copy=True)

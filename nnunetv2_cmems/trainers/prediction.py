@@ -10,8 +10,10 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
+from nnunetv2_cmems.method.label_space import LabelSpace
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.perturbations import rotation_planes
+from nnunetv2_cmems.method.propagation import agreement_in_slices
 from nnunetv2_cmems.method.refinement import Refinement
 from nnunetv2_cmems.trainers.distributed import unwrapped, without_talk
 from nnunetv2_cmems.trainers.faults import one_sentence, while_predicting
@@ -45,6 +47,27 @@ def predicting(trainer: Any, *, mirroring: bool) -> Iterator[nnUNetPredictor]:
         trainer.network.train(training)
 
 
+def predict_members(predictor: nnUNetPredictor, input_image: Tensor) -> Iterator[Tensor]:
+    """Sliding-window logits of each member in turn, on the CPU.
+
+    Shape:
+        (C, *spatial) to one (K, *spatial) a member, half precision.
+    """
+    predictor.network = without_talk(predictor.network)  # each GPU has cases, and a number of tiles, of its own
+    network = unwrapped(predictor.network)
+    if not isinstance(network, MutualNetworks) or len(network.members) == 1:
+        yield predict_with_one_network(predictor, input_image).to("cpu")
+        return
+    whole = predictor.network
+    try:
+        for index, member in enumerate(network.members):
+            network.only = index
+            predictor.network = member if whole is network else whole  # a compiled network chooses by "only"
+            yield predict_with_one_network(predictor, input_image).to("cpu")
+    finally:
+        network.only, predictor.network = None, whole
+
+
 @torch.inference_mode()
 def predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
     """Sliding-window logits, the members' mean taken as nnU-Net takes the mean of folds.
@@ -55,21 +78,33 @@ def predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tenso
     Shape:
         (C, *spatial) to (K, *spatial), half precision.
     """
-    predictor.network = without_talk(predictor.network)  # each GPU has cases, and a number of tiles, of its own
-    network = unwrapped(predictor.network)
-    if not isinstance(network, MutualNetworks) or len(network.members) == 1:
-        return predict_with_one_network(predictor, input_image)
-    whole, total = predictor.network, None
-    try:
-        for index, member in enumerate(network.members):
-            network.only = index
-            predictor.network = member if whole is network else whole  # a compiled network chooses by "only"
-            logits = predict_with_one_network(predictor, input_image).to("cpu")
-            total = logits if total is None else total.add_(logits)  # in place, as nnU-Net does: volumes are large
-    finally:
-        network.only, predictor.network = None, whole
-    assert total is not None
-    return total.div_(len(network.members))
+    return _mean(predict_members(predictor, input_image))
+
+
+@torch.inference_mode()
+def predict_with_agreement(predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace) -> tuple[Tensor, Tensor | None]:
+    """:func:`predict_like_folds`, and how well the members agree on each organ in each slice, (F, Z); None where there is one member.
+
+    See :func:`~nnunetv2_cmems.method.propagation.agreement_in_slices`.
+    """
+    decisions: list[Tensor] = []
+
+    def noted() -> Iterator[Tensor]:
+        for logits in predict_members(predictor, input_image):
+            slices = (space.decide(space.probabilities(piece[None]), 0.0).labels[0].to(torch.int8) for piece in logits.unbind(1))
+            decisions.append(torch.stack(list(slices), -3))  # slice by slice: in single precision a volume may be large
+            yield logits
+
+    mean = _mean(noted())
+    return mean, agreement_in_slices(decisions, space) if len(decisions) > 1 else None
+
+
+def _mean(members: Iterator[Tensor]) -> Tensor:
+    total, count = next(members), 1
+    for logits in members:
+        total.add_(logits)  # in place, as nnU-Net does: volumes are large
+        count += 1
+    return total.div_(count)
 
 
 @one_sentence(while_predicting)
@@ -80,14 +115,15 @@ def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
     Shape:
         (C, *spatial) to (K, *spatial), half precision.
     """
-    logits = predict_like_folds(predictor, input_image)
     network = unwrapped(predictor.network)
     stored = network.refinement if isinstance(network, MutualNetworks) else None
     if stored is None:
-        return logits
+        return predict_like_folds(predictor, input_image)
+    space = label_space(predictor.label_manager)
+    rule = Refinement.from_tensor(stored, space)
     planar = is_planar(predictor.configuration_manager.spacing)
-    refined = Refinement.from_tensor(stored).logits(logits.cpu(), input_image.cpu(), label_space(predictor.label_manager), planar)
-    return refined.to(logits.dtype)
+    logits, agreement = predict_with_agreement(predictor, input_image, space)
+    return rule.logits(logits, input_image.cpu(), space, planar, agreement).to(logits.dtype)
 
 
 def is_planar(spacing: Any) -> bool:

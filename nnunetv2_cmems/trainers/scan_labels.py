@@ -1,8 +1,9 @@
 """Labels of whole unlabelled scans, made by the members in the middle of a training.
 
-A round is: predict each scan, refine the prediction by the scan's own grey values, keep the largest pieces, write the labels down. From
-the next batch on the loader hands them out. No random numbers are drawn, and what was made for later epochs than those that a
-checkpoint has behind it is made again, so that a training that goes on ends as one without a break.
+A round is: predict each scan, carry the prediction from slices that members agree on to the others, refine it by the scan's own grey
+values, keep the largest pieces, write the labels down. From the next batch on the loader hands them out. No random numbers are drawn,
+and what was made for later epochs than those that a checkpoint has behind it is made again, so that a training that goes on ends as one
+without a break.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
 from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece, surroundings
 from nnunetv2_cmems.trainers import distributed, resume
-from nnunetv2_cmems.trainers.prediction import is_planar, predict_like_folds, predicting
+from nnunetv2_cmems.trainers.prediction import is_planar, predict_like_folds, predict_with_agreement, predicting
 
 FOLDER = "scan_labels"
 """In the fold's folder."""
@@ -119,9 +120,9 @@ class ScanLabels:
         with predicting(trainer, mirroring=False) as predictor:
             predicted = (self._predict(case, predictor) for case in mine)
 
-            def finish(prediction: tuple[str, Tensor, Tensor]) -> list[np.ndarray]:
-                case, logits, image = prediction
-                labels = self._labels_of(logits, image)
+            def finish(prediction: tuple[str, Tensor, Tensor, Tensor | None]) -> list[np.ndarray]:
+                case, logits, image, agreement = prediction
+                labels = self._labels_of(logits, image, agreement)
                 _save(temporary, case, labels)
                 if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
                     return _hidden_dice(case, self._cases[case], labels, self._space)
@@ -146,21 +147,24 @@ class ScanLabels:
         trainer.print_to_log_file(f"Labelled {len(self._cases)} whole unlabelled scans in {time.monotonic() - start:.0f} s")
 
     @torch.inference_mode()
-    def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor]:
-        """The case, the mean of the members' logits (heads, Z, Y, X), and its image (C, Z, Y, X)."""
+    def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor, Tensor | None]:
+        """The case, the mean of the members' logits (heads, Z, Y, X), its image (C, Z, Y, X), and how well members agree (F, Z)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
-        return case, predict_like_folds(predictor, image).cpu(), image
+        logits, agreement = predict_with_agreement(predictor, image, self._space)
+        return case, logits, image, agreement
 
     @torch.inference_mode()
-    def _labels_of(self, logits: Tensor, image: Tensor) -> np.ndarray:
+    def _labels_of(self, logits: Tensor, image: Tensor, agreement: Tensor | None = None) -> np.ndarray:
         """int8 in head space, (Z, Y, X) or (R, Z, Y, X). Only the surroundings of what may be foreground are worked on."""
         whole = torch.zeros(image.shape[1:] if self.files.regions == 0 else logits.shape, dtype=torch.int8)
-        margin = math.ceil(max(3 * self._config.smoothing, self._reach)) + 3
+        margin = max(self.refinement.margin(agreement, self._planar), math.ceil(self._reach)) + 2
         box = surroundings(self._space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if self._planar else margin, margin, margin])
         if box is None:
             return whole.numpy()
         logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
         probabilities = self._space.probabilities(logits[None])[0]
+        if agreement is not None:
+            probabilities = self.refinement.propagated(probabilities, image, agreement[:, box[0]], self._space, self._planar)
         labels = self.refinement.labels(probabilities, image, self._space, self._planar)
         if self._reach > 0 and any(self._open):
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
