@@ -242,10 +242,8 @@ def test_a_refinement_is_kept_with_the_weights(single: tuple[bool, ...]) -> None
     assert older.config.propagation == 0 and older.single == single
 
 
-@PLANAR
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_logits_are_propagated_where_slices_are_apart(planar: bool, share: float) -> None:
-    """Two members agree on all slices but the last; with an agreement that is unknown, in space or switched off this counts for nothing."""
+def test_logits_follow_the_slices_that_members_agree_on() -> None:
+    """Two members agree on all slices but the last."""
     truth = ball(12)
     truth[-1] = ball(12)[0].roll(4, 0)
     wrong = truth.clone()
@@ -253,13 +251,16 @@ def test_logits_are_propagated_where_slices_are_apart(planar: bool, share: float
     agreement = torch.ones(2, len(truth))
     agreement[:, -1] = 0.2
     logits = CLASSES.logits(says(wrong, CLASSES, sure=0.99)[None])[0]
-    config = ScanLabelsConfig(appearance=0.0, smoothing=0.0, largest_piece=False, propagation=share)
+    config = ScanLabelsConfig(appearance=0.0, smoothing=0.0, largest_piece=False, propagation=0.5)
     rule, image = Refinement(config, (True, True, True), 1.0), grey(truth, noise=0.1)
-    plain = rule.logits(logits, image, CLASSES, planar)
-    refined = rule.logits(logits, image, CLASSES, planar, agreement)
-    if not planar or share == 0:
-        assert torch.equal(refined, plain)
-    else:
-        before, after = ([dice(CLASSES.probabilities(found[None])[0][:, -1:], truth[-1:], CLASSES) for found in (plain, refined)])
-        assert min(after) > max(before) + 0.2
-        assert torch.equal(refined[:, :-1].argmax(0), logits[:, :-1].argmax(0))
+    before, after = (
+        dice(CLASSES.probabilities(rule.logits(logits, image, CLASSES, True, known)[None])[0][:, -1:], truth[-1:], CLASSES)
+        for known in (None, agreement)
+    )
+    assert min(after) > max(before) + 0.2
+    assert torch.equal(rule.logits(logits, image, CLASSES, True, agreement)[:, :-1].argmax(0), logits[:, :-1].argmax(0))
+
+
+@pytest.mark.parametrize(("planar", "share", "expected"), [(True, 0.5, True), (True, 0.0, False), (False, 0.5, False)])
+def test_slices_count_for_others_where_they_are_apart(planar: bool, share: float, expected: bool) -> None:
+    assert Refinement(ScanLabelsConfig(propagation=share), (True,), 1.0).propagates(planar) == expected

@@ -263,9 +263,15 @@ def predicted(workspace: Workspace) -> tuple[np.ndarray, np.ndarray]:
     return predictor.predict_logits_from_preprocessed_data(image).numpy(), predict_like_folds(predictor, image).numpy()
 
 
-@pytest.mark.parametrize("prepare", [lambda workspace: {}, with_regions], ids=["classes", "regions"])
-def test_predictions_are_refined_as_the_labels_are(workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]]) -> None:
-    workspace.configure(**ON)
+@pytest.mark.parametrize(
+    ("prepare", "share"),
+    [(lambda workspace: {}, 0.25), (with_regions, 0.25), (lambda workspace: {}, 0.0)],
+    ids=["classes", "regions", "not propagated"],
+)
+def test_predictions_are_refined_as_the_labels_are(
+    workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], share: float
+) -> None:
+    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "propagation": share}})
     trainer = workspace.train(**prepare(workspace))
     rule = trainer._scan_labels.prediction_refinement
     assert rule.config.smoothing == trainer.config.scan_labels.smoothing / 2 and rule.single == trainer._scan_labels.refinement.single
@@ -276,7 +282,7 @@ def test_predictions_are_refined_as_the_labels_are(workspace: Workspace, prepare
     with predicting(trainer, mirroring=False) as predictor:
         mean, agreement = predict_with_agreement(predictor, image, trainer.label_space)
     assert agreement is not None and np.array_equal(mean.numpy(), raw)
-    expected = rule.logits(mean, image, trainer.label_space, True, agreement).half()
+    expected = rule.logits(mean, image, trainer.label_space, True, agreement if share else None).half()
     assert refined.dtype == raw.dtype and np.array_equal(refined, expected.numpy()) and not np.array_equal(refined, raw)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -73,22 +72,20 @@ class Refinement:
         )
         return cls(config, tuple(map(bool, single)), share)
 
-    def propagated(self, probabilities: Tensor, image: Tensor, agreement: Tensor | None, space: LabelSpace, planar: bool) -> Tensor:
+    def propagates(self, planar: bool) -> bool:
+        """Whether slices that members agree on count for others: only where slices are apart from each other."""
+        return planar and self.config.propagation > 0
+
+    def propagated(self, probabilities: Tensor, image: Tensor, agreement: Tensor | None, space: LabelSpace) -> Tensor:
         """What slices that members agree on say about the others, see :func:`~nnunetv2_cmems.method.propagation.propagate`.
 
-        The probabilities as they are where slices are not apart from each other (``planar``) or nothing is known of an agreement.
+        The probabilities as they are where nothing is known of an agreement.
         """
-        if not self._propagates(agreement, planar):
-            return probabilities
-        return propagate(probabilities, image, agreement, self.config.propagation, space)
+        return probabilities if agreement is None else propagate(probabilities, image, agreement, self.config.propagation, space)
 
-    def margin(self, agreement: Tensor | None, planar: bool) -> int:
+    def margin(self, agreement: Tensor | None) -> int:
         """How far around what may be foreground a scan is worked on, in voxels."""
-        blurred = math.ceil(3 * self.config.smoothing) + 1
-        return max(blurred, ROOM) if self._propagates(agreement, planar) else blurred
-
-    def _propagates(self, agreement: Tensor | None, planar: bool) -> TypeGuard[Tensor]:
-        return agreement is not None and planar and self.config.propagation > 0
+        return max(math.ceil(3 * self.config.smoothing) + 1, 0 if agreement is None else ROOM)
 
     def labels(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """Decisions about a scan without small pieces, int8 (Z, Y, X) or (R, Z, Y, X); arguments as for :func:`refine`."""
@@ -104,14 +101,14 @@ class Refinement:
 
         Where a piece is removed, the background is as sure as the organ was. With ``agreement``, (F, Z), they are :meth:`propagated` first.
         """
-        margin = self.margin(agreement, planar)
+        margin = self.margin(agreement)
         box = surroundings(space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if planar else margin, margin, margin])
         if box is None:
             return logits
         place = (slice(None), *box)
         probabilities = space.probabilities(logits[place][None])[0]
-        if agreement is not None:
-            probabilities = self.propagated(probabilities, image[place], agreement[:, box[0]], space, planar)
+        here = None if agreement is None else agreement[:, box[0]]
+        probabilities = self.propagated(probabilities, image[place], here, space)
         probabilities = refine(probabilities, image[place], self.config, space, planar)
         labels = _decided(probabilities, space)
         removed = labels != self._large_pieces(labels, space)

@@ -48,7 +48,7 @@ def predicting(trainer: Any, *, mirroring: bool) -> Iterator[nnUNetPredictor]:
 
 
 def predict_members(predictor: nnUNetPredictor, input_image: Tensor) -> Iterator[Tensor]:
-    """Sliding-window logits of each member in turn, on the CPU.
+    """Sliding-window logits of each member in turn, on the CPU if there are several.
 
     Shape:
         (C, *spatial) to one (K, *spatial) a member, half precision.
@@ -56,7 +56,7 @@ def predict_members(predictor: nnUNetPredictor, input_image: Tensor) -> Iterator
     predictor.network = without_talk(predictor.network)  # each GPU has cases, and a number of tiles, of its own
     network = unwrapped(predictor.network)
     if not isinstance(network, MutualNetworks) or len(network.members) == 1:
-        yield predict_with_one_network(predictor, input_image).to("cpu")
+        yield predict_with_one_network(predictor, input_image)
         return
     whole = predictor.network
     try:
@@ -83,7 +83,7 @@ def predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tenso
 
 @torch.inference_mode()
 def predict_with_agreement(predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace) -> tuple[Tensor, Tensor | None]:
-    """:func:`predict_like_folds`, and how well the members agree on each organ in each slice, (F, Z); None where there is one member.
+    """:func:`predict_like_folds`, on the CPU, and how well the members agree on each organ in each slice, (F, Z); None where there is one.
 
     See :func:`~nnunetv2_cmems.method.propagation.agreement_in_slices`.
     """
@@ -95,7 +95,7 @@ def predict_with_agreement(predictor: nnUNetPredictor, input_image: Tensor, spac
             decisions.append(torch.stack(list(slices), -3))  # slice by slice: in single precision a volume may be large
             yield logits
 
-    mean = _mean(noted())
+    mean = _mean(noted()).cpu()
     return mean, agreement_in_slices(decisions, space) if len(decisions) > 1 else None
 
 
@@ -122,7 +122,10 @@ def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
     space = label_space(predictor.label_manager)
     rule = Refinement.from_tensor(stored, space)
     planar = is_planar(predictor.configuration_manager.spacing)
-    logits, agreement = predict_with_agreement(predictor, input_image, space)
+    if rule.propagates(planar):
+        logits, agreement = predict_with_agreement(predictor, input_image, space)
+    else:
+        logits, agreement = predict_like_folds(predictor, input_image).cpu(), None
     return rule.logits(logits, input_image.cpu(), space, planar, agreement).to(logits.dtype)
 
 

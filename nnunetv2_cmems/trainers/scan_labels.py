@@ -120,8 +120,8 @@ class ScanLabels:
         with predicting(trainer, mirroring=False) as predictor:
             predicted = (self._predict(case, predictor) for case in mine)
 
-            def finish(prediction: tuple[str, Tensor, Tensor, Tensor | None]) -> list[np.ndarray]:
-                case, logits, image, agreement = prediction
+            def finish(prediction: tuple[str, Tensor, Tensor | None, Tensor]) -> list[np.ndarray]:
+                case, logits, agreement, image = prediction
                 labels = self._labels_of(logits, image, agreement)
                 _save(temporary, case, labels)
                 if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
@@ -147,24 +147,25 @@ class ScanLabels:
         trainer.print_to_log_file(f"Labelled {len(self._cases)} whole unlabelled scans in {time.monotonic() - start:.0f} s")
 
     @torch.inference_mode()
-    def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor, Tensor | None]:
-        """The case, the mean of the members' logits (heads, Z, Y, X), its image (C, Z, Y, X), and how well members agree (F, Z)."""
+    def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor | None, Tensor]:
+        """The case, the mean of the members' logits (heads, Z, Y, X), how well they agree (F, Z), and the image (C, Z, Y, X)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
-        logits, agreement = predict_with_agreement(predictor, image, self._space)
-        return case, logits, image, agreement
+        if self.refinement.propagates(self._planar):
+            return case, *predict_with_agreement(predictor, image, self._space), image
+        return case, predict_like_folds(predictor, image).cpu(), None, image
 
     @torch.inference_mode()
     def _labels_of(self, logits: Tensor, image: Tensor, agreement: Tensor | None = None) -> np.ndarray:
         """int8 in head space, (Z, Y, X) or (R, Z, Y, X). Only the surroundings of what may be foreground are worked on."""
         whole = torch.zeros(image.shape[1:] if self.files.regions == 0 else logits.shape, dtype=torch.int8)
-        margin = max(self.refinement.margin(agreement, self._planar), math.ceil(self._reach)) + 2
+        margin = max(self.refinement.margin(agreement), math.ceil(self._reach)) + 2
         box = surroundings(self._space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if self._planar else margin, margin, margin])
         if box is None:
             return whole.numpy()
         logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
         probabilities = self._space.probabilities(logits[None])[0]
-        if agreement is not None:
-            probabilities = self.refinement.propagated(probabilities, image, agreement[:, box[0]], self._space, self._planar)
+        here = None if agreement is None else agreement[:, box[0]]
+        probabilities = self.refinement.propagated(probabilities, image, here, self._space)
         labels = self.refinement.labels(probabilities, image, self._space, self._planar)
         if self._reach > 0 and any(self._open):
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
