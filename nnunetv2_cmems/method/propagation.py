@@ -7,6 +7,7 @@ deformed: what the members say about a slice that they agree on can be carried o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -17,7 +18,9 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
+from nnunetv2_cmems.method.objective import overlap
 
 OWN = 0.2
 """Weight of what the members say about a slice, beside what comes from others."""
@@ -41,11 +44,10 @@ def agreement_in_slices(members: Sequence[Tensor], space: LabelSpace) -> Tensor:
     Returns:
         (F, Z) for the classes or regions; NaN where none of the members sees any of it.
     """
-    found = [torch.stack([mask[0] for mask in space.masks(labels[None])]).flatten(2) for labels in members]
     pairs = []
-    for i, one in enumerate(found):
-        for other in found[:i]:
-            pairs.append(2 * (one & other).sum(2) / (one.sum(2) + other.sum(2)))  # 0 / 0 is NaN
+    for one, other in itertools.combinations(members, 2):
+        slices = [overlap(a[None], b[None], space) for a, b in zip(one.unbind(-3), other.unbind(-3))]
+        pairs.append(torch.stack([shared / sizes for shared, sizes in slices], 1))  # 0 / 0 is NaN
     return torch.stack(pairs).nanmean(0)
 
 
@@ -118,15 +120,16 @@ def _order(seen: Sequence[int], anchors: Sequence[int]) -> list[tuple[int, list[
     return [(target, sources) for _, target, sources in sorted(steps)]
 
 
-def _around(masks: Sequence[np.ndarray]) -> tuple[slice, slice] | None:
+def _around(masks: Sequence[np.ndarray]) -> tuple[slice, ...] | None:
     """The box (y, x) around what the masks (slices, Y, X) show, with :data:`MARGIN`; None where they show nothing."""
-    shown = np.any([mask.any(0) for mask in masks], axis=0) if masks else np.zeros((0, 0), bool)
-    if not shown.any():
+    if not masks:
         return None
-    sides = [np.flatnonzero(shown.any(axis)) for axis in (1, 0)]
-    margin = math.ceil(MARGIN * max(side[-1] - side[0] + 1 for side in sides))
-    y, x = (slice(max(0, int(side[0]) - margin), int(side[-1]) + 1 + margin) for side in sides)
-    return y, x
+    shown = torch.from_numpy(np.any([mask.any(0) for mask in masks], axis=0))
+    tight = surroundings(shown, [0, 0])
+    if tight is None:
+        return None
+    margin = math.ceil(MARGIN * max(side.stop - side.start for side in tight))
+    return surroundings(shown, [margin, margin])
 
 
 def _deformation(fixed: np.ndarray, moving: np.ndarray) -> sitk.Transform:

@@ -18,6 +18,7 @@ from acvl_utils.morphology.morphology_helper import label_with_component_sizes
 from torch import Tensor
 
 from nnunetv2_cmems.config import ScanLabelsConfig
+from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.perturbations import blur
 from nnunetv2_cmems.method.propagation import propagate
@@ -76,12 +77,17 @@ class Refinement:
         """Whether slices that members agree on count for others: only where slices are apart from each other."""
         return planar and self.config.propagation > 0
 
-    def propagated(self, probabilities: Tensor, image: Tensor, agreement: Tensor | None, space: LabelSpace) -> Tensor:
+    def propagated(self, probabilities: Tensor, image: Tensor, agreement: Tensor | None, slices: slice, space: LabelSpace) -> Tensor:
         """What slices that members agree on say about the others, see :func:`~nnunetv2_cmems.method.propagation.propagate`.
 
-        The probabilities as they are where nothing is known of an agreement.
+        Args:
+            probabilities: of these slices of a scan.
+            image: the same part of it.
+            agreement: (F, Z) of the whole scan. None: it is not known, and the probabilities stay as they are.
+            slices: which slices these are.
+            space: what the heads mean.
         """
-        return probabilities if agreement is None else propagate(probabilities, image, agreement, self.config.propagation, space)
+        return probabilities if agreement is None else propagate(probabilities, image, agreement[:, slices], self.config.propagation, space)
 
     def margin(self, agreement: Tensor | None) -> int:
         """How far around what may be foreground a scan is worked on, in voxels."""
@@ -107,8 +113,7 @@ class Refinement:
             return logits
         place = (slice(None), *box)
         probabilities = space.probabilities(logits[place][None])[0]
-        here = None if agreement is None else agreement[:, box[0]]
-        probabilities = self.propagated(probabilities, image[place], here, space)
+        probabilities = self.propagated(probabilities, image[place], agreement, box[0], space)
         probabilities = refine(probabilities, image[place], self.config, space, planar)
         labels = _decided(probabilities, space)
         removed = labels != self._large_pieces(labels, space)
@@ -119,17 +124,6 @@ class Refinement:
 
 def _decided(probabilities: Tensor, space: LabelSpace) -> Tensor:
     return space.decide(probabilities[None], 0.0).labels[0].to(torch.int8)
-
-
-def surroundings(mask: Tensor, margins: Sequence[int]) -> tuple[slice, ...] | None:
-    """The box around a mask, with a margin in voxels along each axis; None where the mask is empty."""
-    sides = []
-    for axis, margin in enumerate(margins):
-        places = mask.amax([other for other in range(mask.ndim) if other != axis]).nonzero()
-        if not len(places):
-            return None
-        sides.append(slice(max(0, int(places[0]) - margin), int(places[-1]) + 1 + margin))
-    return tuple(sides)
 
 
 @torch.no_grad()

@@ -99,6 +99,15 @@ def predict_with_agreement(predictor: nnUNetPredictor, input_image: Tensor, spac
     return mean, agreement_in_slices(decisions, space) if len(decisions) > 1 else None
 
 
+def predict_for(
+    rule: Refinement, predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace, planar: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What a refinement takes: the members' mean on the CPU, and their agreement where it counts for this rule."""
+    if rule.propagates(planar):
+        return predict_with_agreement(predictor, input_image, space)
+    return predict_like_folds(predictor, input_image).cpu(), None
+
+
 def _mean(members: Iterator[Tensor]) -> Tensor:
     total, count = next(members), 1
     for logits in members:
@@ -122,10 +131,7 @@ def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
     space = label_space(predictor.label_manager)
     rule = Refinement.from_tensor(stored, space)
     planar = is_planar(predictor.configuration_manager.spacing)
-    if rule.propagates(planar):
-        logits, agreement = predict_with_agreement(predictor, input_image, space)
-    else:
-        logits, agreement = predict_like_folds(predictor, input_image).cpu(), None
+    logits, agreement = predict_for(rule, predictor, input_image, space, planar)
     return rule.logits(logits, input_image.cpu(), space, planar, agreement).to(logits.dtype)
 
 

@@ -33,12 +33,13 @@ from nnunetv2_cmems.data.planes import FEWEST_OF_A_VOLUME
 from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.growth import borders_on_background, grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
-from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece, surroundings
+from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
-from nnunetv2_cmems.trainers.prediction import is_planar, predict_like_folds, predict_with_agreement, predicting
+from nnunetv2_cmems.trainers.prediction import is_planar, predict_for, predict_like_folds, predicting
 
 FOLDER = "scan_labels"
 """In the fold's folder."""
@@ -150,9 +151,7 @@ class ScanLabels:
     def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor | None, Tensor]:
         """The case, the mean of the members' logits (heads, Z, Y, X), how well they agree (F, Z), and the image (C, Z, Y, X)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
-        if self.refinement.propagates(self._planar):
-            return case, *predict_with_agreement(predictor, image, self._space), image
-        return case, predict_like_folds(predictor, image).cpu(), None, image
+        return case, *predict_for(self.refinement, predictor, image, self._space, self._planar), image
 
     @torch.inference_mode()
     def _labels_of(self, logits: Tensor, image: Tensor, agreement: Tensor | None = None) -> np.ndarray:
@@ -164,8 +163,7 @@ class ScanLabels:
             return whole.numpy()
         logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
         probabilities = self._space.probabilities(logits[None])[0]
-        here = None if agreement is None else agreement[:, box[0]]
-        probabilities = self.refinement.propagated(probabilities, image, here, self._space)
+        probabilities = self.refinement.propagated(probabilities, image, agreement, box[0], self._space)
         labels = self.refinement.labels(probabilities, image, self._space, self._planar)
         if self._reach > 0 and any(self._open):
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
