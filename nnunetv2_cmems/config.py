@@ -197,6 +197,8 @@ class ScanLabelsConfig:
         largest_piece: keep only the largest connected piece of the foreground where the annotated volume's foreground is one piece, and
             so for each class. Where only slices are annotated, pieces at least half as large as the largest one are kept, too: a slice
             may show one of two organs.
+        places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes with two
+            classes or more are annotated. To be switched off for what may lie anywhere, such as lesions.
         in_space: also where a 3D configuration's voxels are less than three times as thick as wide. Off, because it cost accuracy
             on the one such data set that it was tried on.
         most_scans: so many scans get labels at most, chosen at random, the same ones each time; the others are taught as before.
@@ -208,6 +210,7 @@ class ScanLabelsConfig:
     smoothing: float = _between(0.0, 20.0, 1.0)
     growth: float = _between(0.0, 1.0, 0.07)
     largest_piece: bool = True
+    places: bool = True
     in_space: bool = False
     most_scans: int = _between(2, 10**6, 200)
 
@@ -271,9 +274,9 @@ class CMEMSConfig:
         unlabelled_views: deformation of the unlabelled crop, shared by all of its views.
         synthesis: the operation Ω.
         feature_perturbation: channel dropout of the feature granularity.
-        refine_predictions: predictions of whole scans follow their most certain slices and their grey values, and lose small pieces, as
-            ``propagation``, ``appearance``, ``smoothing`` and ``largest_piece`` of ``scan_labels`` say; where a training makes no labels
-            of whole scans, its predictions are not refined.
+        refine_predictions: predictions of whole scans keep organs to their places, follow the most certain slices and the grey values, and
+            lose small pieces, as ``places``, ``propagation``, ``appearance``, ``smoothing`` and ``largest_piece`` of ``scan_labels`` say;
+            where a training makes no labels of whole scans, its predictions are not refined.
         scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.

@@ -33,6 +33,8 @@ from nnunetv2_cmems.method import refinement
 from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first
+from nnunetv2_cmems.method.places import Places
+from nnunetv2_cmems.method.refinement import Refinement
 from nnunetv2_cmems.trainers import scan_labels as rounds
 from nnunetv2_cmems.trainers.prediction import predict_like_folds, predict_with_agreement, predicting
 from nnunetv2_cmems.trainers.scan_labels import starts
@@ -337,6 +339,38 @@ def test_what_the_annotation_says_about_pieces(workspace: Workspace, monkeypatch
     if whole:
         assert volumes[0].shape == label.shape[1:] and np.array_equal(volumes[0] == value, label[0] == value)
         assert not trainer._scan_labels.refinement.single[value]
+
+
+@pytest.mark.parametrize(
+    ("whole", "config", "expected"),
+    [(True, {}, True), (True, {"places": False}, False), (False, {}, False)],
+    ids=["volume", "off", "slice"],
+)
+def test_where_organs_lie_is_known_from_whole_volumes(workspace: Workspace, whole: bool, config: dict[str, Any], expected: bool) -> None:
+    """Labels and predictions use it, and the log says so."""
+    scan_labels = {"at": [0.5], **config}
+    workspace.configure(**{**ON, "exemplar": [{"case": EXEMPLAR["case"]} if whole else EXEMPLAR], "scan_labels": scan_labels})
+    trainer = workspace.train()
+    rules = trainer._scan_labels.refinement, trainer._scan_labels.prediction_refinement
+    assert [rule.places is not None for rule in rules] == [expected] * 2
+    assert ("scan_labels.places" in next(workspace.fold().glob("training_log_*.txt")).read_text()) == expected
+    if expected:
+        known = Places.of_volumes([workspace.label(EXEMPLAR["case"])[0]], trainer.label_space, True)
+        stored = torch.load(workspace.fold() / "checkpoint_final.pth", weights_only=False)["network_weights"]["refinement"]
+        found = Refinement.from_tensor(stored, trainer.label_space).places
+        assert known is not None and found is not None and np.allclose(found.middles, known.middles, atol=1e-4)
+
+
+@pytest.mark.parametrize("prepare", [lambda workspace: {}, with_regions, in_three_dimensions], ids=["2d", "regions", "3d"])
+def test_labels_keep_to_places(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Workspace], dict[str, Any]]
+) -> None:
+    """Distances between slices count as the annotated volume's, or have a factor where slices are not resampled."""
+    seen: list[Places] = []
+    monkeypatch.setattr(Places, "seen_in", lambda self, probabilities, space: (seen.append(self), probabilities)[1])
+    workspace.configure(**{**ON, "exemplar": [{"case": EXEMPLAR["case"]}]})
+    trainer = workspace.train(**prepare(workspace))
+    assert len(seen) >= len(UNLABELLED) and {known.stretched for known in seen} == {len(trainer.configuration_manager.patch_size) == 2}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.perturbations import blur
+from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.propagation import propagate
 
 ITERATIONS = 3
@@ -50,28 +51,33 @@ class Refinement:
         config: ``appearance``, ``smoothing``, ``largest_piece`` and ``propagation`` count here.
         single: what is one connected piece, from :func:`in_one_piece`.
         share: which other pieces are kept, see :func:`largest_pieces`.
+        places: where organs lie; None: it is not known, or does not count.
     """
 
     config: ScanLabelsConfig
     single: tuple[bool, ...]
     share: float
+    places: Places | None = None
 
     def to_tensor(self) -> Tensor:
-        """(4 + number of classes or regions + 1 + 1,), to be kept with the networks' weights."""
+        """(4 + number F of classes or regions + 1 + 1,), with places 6 F + 1 more, to be kept with the networks' weights."""
         config = self.config
         numbers = config.appearance, config.smoothing, config.largest_piece, self.share
-        return torch.tensor([*map(float, numbers), *map(float, self.single), float(config.propagation)])
+        places = [] if self.places is None else self.places.numbers()
+        return torch.tensor([*map(float, numbers), *map(float, self.single), float(config.propagation), *places])
 
     @classmethod
     def from_tensor(cls, stored: Tensor, space: LabelSpace) -> Refinement:
-        """The inverse of :meth:`to_tensor`; other values of the config are the defaults. In older checkpoints nothing is propagated."""
+        """The inverse of :meth:`to_tensor`; other values of the config are the defaults. Older checkpoints end after ``single``, or after
+        ``propagation``, and do without what comes then."""
         appearance, smoothing, largest_piece, share, *others = stored.tolist()
         parts = 1 + len(space.names)
-        single, propagation = others[:parts], others[parts] if len(others) > parts else 0.0
+        single, places = others[:parts], others[parts + 1 :]
+        propagation = others[parts] if len(others) > parts else 0.0
         config = ScanLabelsConfig(
             appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece), propagation=propagation
         )
-        return cls(config, tuple(map(bool, single)), share)
+        return cls(config, tuple(map(bool, single)), share, Places.from_numbers(places) if places else None)
 
     def propagates(self, planar: bool) -> bool:
         """Whether slices that members agree on count for others: only where slices are apart from each other."""
@@ -88,6 +94,10 @@ class Refinement:
             space: what the heads mean.
         """
         return probabilities if agreement is None else propagate(probabilities, image, agreement[:, slices], self.config.propagation, space)
+
+    def seen_in_places(self, probabilities: Tensor, space: LabelSpace) -> Tensor:
+        """What is left of probabilities where organs lie as annotated, see :meth:`~nnunetv2_cmems.method.places.Places.seen_in`."""
+        return probabilities if self.places is None else self.places.seen_in(probabilities, space)
 
     def margin(self, agreement: Tensor | None) -> int:
         """How far around what may be foreground a scan is worked on, in voxels."""
@@ -113,6 +123,7 @@ class Refinement:
             return logits
         place = (slice(None), *box)
         probabilities = space.probabilities(logits[place][None])[0]
+        probabilities = self.seen_in_places(probabilities, space)
         probabilities = self.propagated(probabilities, image[place], agreement, box[0], space)
         probabilities = refine(probabilities, image[place], self.config, space, planar)
         labels = _decided(probabilities, space)

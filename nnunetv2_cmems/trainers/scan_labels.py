@@ -37,6 +37,7 @@ from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.growth import borders_on_background, grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
+from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.prediction import is_planar, predict_for, predict_like_folds, predicting
@@ -73,7 +74,9 @@ class ScanLabels:
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
         volumes = whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
         single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
-        self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE)
+        resampled = len(trainer.configuration_manager.patch_size) == 3
+        places = Places.of_volumes(volumes, self._space, not resampled) if self._config.places else None
+        self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE, places)
         # what networks say at the end of a training is more exact than what they say in its midst
         finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
         self.prediction_refinement = dataclasses.replace(self.refinement, config=finer)
@@ -163,6 +166,7 @@ class ScanLabels:
             return whole.numpy()
         logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
         probabilities = self._space.probabilities(logits[None])[0]
+        probabilities = self.refinement.seen_in_places(probabilities, self._space)
         probabilities = self.refinement.propagated(probabilities, image, agreement, box[0], self._space)
         labels = self.refinement.labels(probabilities, image, self._space, self._planar)
         if self._reach > 0 and any(self._open):
@@ -236,6 +240,11 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
         trainer.print_to_log_file("No labels of whole scans: voxels are not much thicker than wide, and 'scan_labels.in_space' is off.")
         wanted = False
     made = ScanLabels(trainer, cases) if wanted else None
+    if made is not None and made.refinement.places is not None:
+        trainer.print_to_log_file(
+            "In unlabelled scans and in predictions organs are looked for where whole annotated volumes show them, seen from their common "
+            "middle; for what may lie anywhere, such as lesions, switch off 'scan_labels.places'."
+        )
     if not trainer.local_rank:
         if made is None or trainer.current_epoch == 0:
             remove(trainer)

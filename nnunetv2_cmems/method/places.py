@@ -1,0 +1,172 @@
+"""Where organs lie relative to each other, learned from whole annotated volumes.
+
+Networks that see a slice, or a window, of a scan cannot know which side of the body it is from, and networks that know their organs from
+one volume find more of the same elsewhere. An annotated volume says where its organs lie, seen from their common middle; in other scans
+they lie about there, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunetv2_cmems.method.label_space import LabelSpace, Regions
+
+TOLERANCE = 0.15
+"""How far organs may lie elsewhere than annotated (one standard deviation), in units of the spread of all organs along an axis."""
+
+FREE = 1.5
+"""Distance, in standard deviations, from an organ's place up to which a voxel is as likely as at its middle."""
+
+CONFUSED = 0.05
+"""Share of the foreground's probability that each class whose place is known has at least, before its place is looked at: networks that
+take one organ for another are sure of it."""
+
+SURPRISE = 1e-3
+"""Probability that the background has at least: networks that see an organ where there is none are sure of it."""
+
+MOST_STRETCHED = 3.0
+"""Largest factor between a scan's distances along an axis that is not resampled and the annotated volume's."""
+
+_WIDTHS = (4.0, 4.0, 3.0, 3.0, 2.0, 2.0, 1.5, 1.5, 1.0, 1.0, 1.0, 1.0)  # factors of the spreads, while the middle is looked for
+_EXACT = 1.5  # width from which on distances along z are fitted, too: before that a left organ on the right may pull
+_SEEN = 0.1  # probability of a class or region from which a voxel counts for the middle
+_MOST = 200_000  # voxels that the middle is fitted to
+_FEWEST = 5.0  # voxels, by probability, of a class that counts for the middle
+
+
+@dataclass(frozen=True)
+class Places:
+    """Middle and spread of each class or region, in voxels along (z, y, x).
+
+    Attributes:
+        middles: (F, 3) seen from the mean of all; NaN for what no volume shows.
+        spreads: (F, 3) standard deviation of its voxels' places.
+        stretched: slices are not as far apart in every scan, so that distances along z have a factor of the scan's own.
+    """
+
+    middles: np.ndarray
+    spreads: np.ndarray
+    stretched: bool
+
+    @classmethod
+    def of_volumes(cls, volumes: Sequence[np.ndarray], space: LabelSpace, stretched: bool) -> Places | None:
+        """The places that label maps (Z, Y, X) of whole volumes show; None where none of them shows two classes or regions.
+
+        Of several volumes, spreads are those within and between them. ``stretched`` as above.
+        """
+        found = []
+        for volume in volumes:
+            target = space.target(torch.from_numpy(np.asarray(volume)[None]))
+            places = [mask[0].nonzero().double().numpy() for mask in space.masks(target)]
+            moments = [[p.mean(0), p.var(0)] if len(p) else [[np.nan] * 3] * 2 for p in places]
+            middles, variances = np.array(moments).transpose(1, 0, 2)
+            if np.isfinite(middles[:, 0]).sum() > 1:
+                found.append((middles - np.nanmean(middles, 0), variances))
+        if not found:
+            return None
+        middles, variances = (np.stack(part) for part in zip(*found))
+        shown = np.isfinite(middles)
+        count = np.maximum(shown.sum(0), 1)
+        mean = np.where(shown, middles, 0).sum(0) / count
+        between = (np.where(shown, middles - mean, 0) ** 2).sum(0) / count
+        within = np.where(shown, variances, 0).sum(0) / count
+        mean[~shown.any(0)] = np.nan
+        return cls(mean, np.sqrt(within + between), stretched)
+
+    def numbers(self) -> list[float]:
+        """6 F + 1 numbers, to be kept with the networks' weights."""
+        return [*self.middles.ravel().tolist(), *self.spreads.ravel().tolist(), float(self.stretched)]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> Places:
+        """The inverse of :meth:`numbers`."""
+        middles, spreads = np.array(numbers[:-1], dtype=np.float64).reshape(2, -1, 3)
+        return cls(middles, spreads, bool(numbers[-1]))
+
+    def seen_in(self, probabilities: Tensor, space: LabelSpace) -> Tensor:
+        """Probabilities of a scan, organs taken from where they do not lie.
+
+        The scan's organs have a common middle, at which these probabilities and the places agree best; it is looked for by EM. Around it
+        the likelihood of a class is a Gaussian of its spread and :data:`TOLERANCE`, flat up to :data:`FREE` standard deviations. Classes
+        compete for what is foreground, so that a left organ on the right becomes a right one; what no class fits becomes background.
+        Regions may overlap, and do not compete.
+
+        Args:
+            probabilities: (K, Z, Y, X) of the classes, the background first, or (R, Z, Y, X) of the regions.
+            space: what the networks' heads mean.
+
+        Returns:
+            A tensor of the shape of ``probabilities``.
+        """
+        first = 0 if isinstance(space, Regions) else 1
+        fit = self._fitted(probabilities.numpy()[first:])
+        if fit is None:
+            return probabilities
+        found = probabilities.numpy().copy()
+        organs = found[first:]
+        axes = np.meshgrid(*[np.arange(side, dtype=np.float32) for side in organs.shape[1:]], indexing="ij", sparse=True)
+        foreground = organs.sum(0)
+        for k, organ in enumerate(organs):  # one at a time: volumes are large
+            likelihood = self._likelihood(k, axes, *fit, 1.0)
+            if first:
+                if np.isfinite(self.middles[k, 0]):
+                    organ += CONFUSED * foreground
+                organ *= likelihood
+            else:
+                inside = np.minimum(organ, 1 - SURPRISE) * likelihood
+                organ[:] = inside / (inside + np.maximum(1 - organ, SURPRISE))
+        if first:
+            np.maximum(found[0], SURPRISE, out=found[0])
+            found /= found.sum(0)
+        return torch.from_numpy(found)
+
+    def _fitted(self, organs: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """The organs' middle in a scan (3,), and the factor of distances along each axis (3,); None where there is too little to see."""
+        places = np.argwhere(organs.max(0) > _SEEN)
+        step = -(-len(places) // _MOST) or 1
+        places = places[::step]
+        weights = step * organs[(slice(None), *places.T)].astype(np.float64)
+        known = np.isfinite(self.middles[:, 0])
+        use = known & (weights.sum(1) > _FEWEST)
+        if use.sum() < 2:
+            return None
+        factor = np.ones(3)
+        middles = np.where(known[:, None], self.middles, 0)
+        variances = self._variances()
+        middle = np.mean([(one @ places) / one.sum() - shift for one, shift in zip(weights[use], middles[use])], 0)
+        for width in _WIDTHS:
+            near = np.zeros_like(weights)
+            for k in np.flatnonzero(known).tolist():
+                near[k] = weights[k] * self._likelihood(k, list(places.T), middle, factor, width)
+            mass = near.sum(1)
+            if mass.max() < 1:
+                break
+            # a class counts by what is seen of it, up to as much as of the largest, and by how exactly its place is known
+            share = np.minimum(1, mass / mass.max())[:, None] / variances
+            total, mass = share.sum(0), np.maximum(mass, 1e-9)[:, None]
+            middle = (share * (near @ places / mass - middles * factor)).sum(0) / total
+            if self.stretched and width <= _EXACT:
+                seen = (share * (near @ (places - middle) ** 2 / mass)).sum(0)[0]
+                expected = (share * (middles**2 + self.spreads**2)).sum(0)[0]
+                factor[0] = np.clip(np.sqrt(seen / expected), 1 / MOST_STRETCHED, MOST_STRETCHED) if expected > 0 else 1.0
+        return middle, factor
+
+    def _variances(self) -> np.ndarray:
+        """(F, 3), those of places and the tolerance; never 0."""
+        overall = np.nanmean(self.middles**2 + self.spreads**2, 0)
+        return self.spreads**2 + TOLERANCE**2 * overall + 0.25
+
+    def _likelihood(self, k: int, axes: Sequence[np.ndarray], middle: np.ndarray, factor: np.ndarray, width: float) -> np.ndarray:
+        """Of a class at places whose coordinates (z, y, x) broadcast, between 0 and 1; 1 for what no volume shows."""
+        if np.isnan(self.middles[k, 0]):
+            return np.ones((), dtype=np.float32)
+        place, deviation = middle + self.middles[k] * factor, factor * width * np.sqrt(self._variances()[k])
+        parts = [(((axis - place[i]) / deviation[i]) ** 2).astype(np.float32) for i, axis in enumerate(axes)]
+        distance = np.sqrt(parts[0] + parts[1] + parts[2])
+        likelihood: np.ndarray = np.exp(-0.5 * np.maximum(0, distance - np.float32(FREE)) ** 2)
+        return likelihood

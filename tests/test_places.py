@@ -1,0 +1,173 @@
+"""Organs that lie, relative to each other, where annotated volumes show them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_refinement import says
+from torch import Tensor
+
+from nnunetv2_cmems.config import ScanLabelsConfig
+from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
+from nnunetv2_cmems.method.places import Places
+from nnunetv2_cmems.method.refinement import Refinement
+
+NAMES = ("spine", "left", "right")
+CLASSES = Classes(NAMES)
+REGIONS = Regions(NAMES, None, ((1,), (2,), (3,)))
+SPACES = pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
+
+
+def body(shape: tuple[int, int, int] = (24, 48, 40), at: tuple[int, int, int] = (4, 12, 10), step: int = 1) -> np.ndarray:
+    """(Z, Y, X): a spine across the slices, a left organ in the first ones and a right one in the last ones; ``step`` slices to one."""
+    label = np.zeros(shape, dtype=np.int16)
+    z, y, x = at
+    label[z : z + 16 * step, y + 14 : y + 18, x + 4 : x + 8] = 1
+    label[z : z + 4 * step, y : y + 8, x : x + 8] = 2
+    label[z + 12 * step : z + 16 * step, y : y + 8, x : x + 8] = 3
+    return label
+
+
+def decided(found: Tensor, space: LabelSpace) -> Tensor:
+    """(Z, Y, X) as a label map; organs of these bodies do not overlap."""
+    labels = space.decide(found[None], 0.0).labels[0]
+    if space is CLASSES:
+        return labels
+    assert (labels.sum(0) <= 1).all()
+    return (labels * torch.arange(1, 4)[:, None, None, None]).sum(0)
+
+
+def places(space: LabelSpace = CLASSES, *volumes: np.ndarray, stretched: bool = False) -> Places:
+    found = Places.of_volumes(volumes or [body()], space, stretched)
+    assert found is not None
+    return found
+
+
+# ------------------------------------------------------------------ what volumes show
+
+
+@SPACES
+def test_where_organs_lie_seen_from_their_middle(space: LabelSpace) -> None:
+    found = places(space)
+    expected = np.array([[7.5, 15.5, 5.5], [1.5, 3.5, 3.5], [13.5, 3.5, 3.5]])
+    np.testing.assert_allclose(found.middles, expected - expected.mean(0))
+    np.testing.assert_allclose(found.spreads[1], [np.arange(n).std() for n in (4, 8, 8)])
+    moved = places(space, body(at=(0, 3, 20)))
+    np.testing.assert_allclose(moved.middles, found.middles)
+
+
+def test_two_volumes_say_how_places_differ() -> None:
+    other = body()
+    other[other == 3] = 0
+    other[16:20, 12:20, 16:24] = 3  # 6 voxels farther along x: the common middle moves by 2
+    one, both = places(), places(CLASSES, body(), other)
+    np.testing.assert_allclose(both.middles[2], one.middles[2] + [0, 0, 2])
+    np.testing.assert_allclose(both.spreads[2] ** 2, one.spreads[2] ** 2 + [0, 0, 4])
+
+
+def test_what_says_nothing_about_places() -> None:
+    empty, single = np.zeros((3, 4, 4), dtype=np.int16), (body() == 1).astype(np.int16)
+    assert Places.of_volumes([], CLASSES, False) is None and Places.of_volumes([empty, single], CLASSES, False) is None
+    assert np.array_equal(places(CLASSES, body(), single).middles, places().middles)
+
+
+def test_places_are_kept_with_the_weights() -> None:
+    partial = body()
+    partial[partial == 3] = 0
+    for known in (places(), places(CLASSES, partial, stretched=True)):
+        rule = Refinement(ScanLabelsConfig(propagation=0.5), (True,) * 4, 1.0, known)
+        stored = rule.to_tensor()
+        again = Refinement.from_tensor(stored, CLASSES)
+        assert again.places is not None and again.single == rule.single and again.config.propagation == 0.5
+        np.testing.assert_allclose(again.places.middles, known.middles, rtol=1e-6)
+        np.testing.assert_allclose(again.places.spreads, known.spreads, rtol=1e-6)
+        assert again.places.stretched == known.stretched
+    older = Refinement.from_tensor(Refinement(ScanLabelsConfig(), (True,) * 4, 1.0).to_tensor(), CLASSES)
+    assert older.places is None
+
+
+# ------------------------------------------------------------------ what they do to a scan
+
+
+@SPACES
+@pytest.mark.parametrize("sure", [0.91, 0.9999])
+def test_what_lies_where_it_should_stays(space: LabelSpace, sure: float) -> None:
+    """The patient lies elsewhere in the image, and is an eighth larger."""
+    truth = torch.from_numpy(body(at=(2, 9, 15)).astype(np.int64))
+    truth = truth.repeat_interleave(torch.tensor([2, *[1] * 7] * 3), 0).repeat_interleave(torch.tensor([2, *[1] * 7] * 6), 1)
+    found = places(space).seen_in(says(truth, space, sure), space)
+    assert torch.equal(decided(found, space), truth)
+
+
+def test_a_left_organ_on_the_right_becomes_a_right_one() -> None:
+    """A slice does not say which side of the body it is from: the networks are sure that all are left."""
+    truth = torch.from_numpy(body(at=(3, 10, 12)).astype(np.int64))
+    told = truth.clone()
+    told[truth == 3] = 2
+    probabilities = says(told, CLASSES, sure=0.999)
+    kept = probabilities.clone()
+    found = places().seen_in(probabilities, CLASSES)
+    assert torch.equal(probabilities, kept), "the input is left alone"
+    assert torch.equal(decided(found, CLASSES), truth)
+    torch.testing.assert_close(found.sum(0), torch.ones_like(found[0]))
+
+
+@SPACES
+def test_an_organ_far_from_its_place_is_none(space: LabelSpace) -> None:
+    truth = torch.from_numpy(body(at=(4, 28, 10)).astype(np.int64))
+    told = truth.clone()
+    told[4:20, :6, 32:] = 1
+    told[18:22, :6, :6] = 3
+    found = places(space).seen_in(says(told, space, sure=0.99), space)
+    assert torch.equal(decided(found, space), truth)
+
+
+def test_slices_may_be_nearer_to_each_other() -> None:
+    """Twice as many slices for the same body."""
+    truth = torch.from_numpy(body((44, 48, 40), step=2).astype(np.int64))
+    told = truth.clone()
+    told[truth == 3] = 2
+    told[truth == 2] = 3
+    told[8:12, 12:20, 10:14] = 2  # a little is right
+    told[28:36, 12:20, 10:18] = 3
+    probabilities = says(told, CLASSES, sure=0.95)
+    assert torch.equal(decided(places(stretched=True).seen_in(probabilities, CLASSES), CLASSES), truth)
+    assert not torch.equal(decided(places().seen_in(probabilities, CLASSES), CLASSES), truth)
+
+
+def test_a_class_without_a_place_stays_where_it_is() -> None:
+    partial = body()
+    partial[partial == 3] = 0
+    told = torch.from_numpy(partial.astype(np.int64))
+    told[20:22, 40:46, 34:38] = 3
+    told[20:22, :4, 34:38] = 2
+    found = decided(places(CLASSES, partial).seen_in(says(told, CLASSES), CLASSES), CLASSES)
+    assert torch.equal(found == 3, told == 3) and torch.equal(found == 2, torch.from_numpy(partial == 2))
+
+
+@SPACES
+def test_too_little_to_see(space: LabelSpace) -> None:
+    nothing = says(torch.zeros(6, 20, 20, dtype=torch.long), space, sure=0.999)
+    one = torch.zeros(6, 20, 20, dtype=torch.long)
+    one[2:4, 3:9, 3:9] = 1
+    for probabilities in (nothing, says(one, space, sure=0.999)):
+        assert torch.equal(places(space, stretched=True).seen_in(probabilities, space), probabilities)
+
+
+def test_nothing_is_drawn() -> None:
+    truth = torch.from_numpy(body().astype(np.int64))
+    state = torch.random.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
+    first, second = (places(stretched=True).seen_in(says(truth, CLASSES), CLASSES) for _ in range(2))
+    assert torch.equal(first, second) and first.dtype == torch.float32
+    assert torch.equal(state[0], torch.random.get_rng_state()) and state[1] == np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
+
+
+def test_labels_and_logits_keep_to_places() -> None:
+    truth = torch.from_numpy(body(at=(3, 10, 12)).astype(np.int64))
+    told = torch.where(truth == 3, 2, truth)
+    image = truth[None].float()
+    for known, expected in ((None, told), (places(stretched=True), truth)):
+        rule = Refinement(ScanLabelsConfig(appearance=0.0, smoothing=0.0, largest_piece=False), (True,) * 4, 1.0, known)
+        logits = CLASSES.logits(says(told, CLASSES, sure=0.99)[None])[0]
+        assert torch.equal(rule.logits(logits, image, CLASSES, True).argmax(0), expected)
