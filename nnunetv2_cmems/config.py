@@ -197,8 +197,8 @@ class ScanLabelsConfig:
         largest_piece: keep only the largest connected piece of the foreground where the annotated volume's foreground is one piece, and
             so for each class. Where only slices are annotated, pieces at least half as large as the largest one are kept, too: a slice
             may show one of two organs.
-        places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes with two
-            classes or more are annotated. To be switched off for what may lie anywhere, such as lesions.
+        places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or
+            several slices of one, are annotated, with two classes or more. To be switched off for what may lie anywhere, such as lesions.
         in_space: also where a 3D configuration's voxels are less than three times as thick as wide. Off, because it cost accuracy
             on the one such data set that it was tried on.
         most_scans: so many scans get labels at most, chosen at random, the same ones each time; the others are taught as before.

@@ -39,7 +39,7 @@ def decided(found: Tensor, space: LabelSpace) -> Tensor:
 
 
 def places(space: LabelSpace = CLASSES, *volumes: np.ndarray, stretched: bool = False) -> Places:
-    found = Places.of_volumes(volumes or [body()], space, stretched)
+    found = Places.of(volumes or [body()], [], space, stretched)
     assert found is not None
     return found
 
@@ -66,9 +66,67 @@ def test_two_volumes_say_how_places_differ() -> None:
     np.testing.assert_allclose(both.spreads[2] ** 2, one.spreads[2] ** 2 + [0, 0, 4])
 
 
+def test_slices_say_how_far_organs_can_reach() -> None:
+    """``body`` has its spine in slices 4 to 19, left in 4 to 7, right in 16 to 19."""
+    label = body()
+    found = Places.of([], [{z: label[z] for z in (2, 5, 13, 17, 23)}], CLASSES, False)
+    assert found is not None
+    reaches = {0: (2, 23), 1: (2, 13), 2: (13, 23)}  # the spine is in 5 to 17, left in 5, right in 17
+    middles = np.array([sum(reach) / 2 for reach in reaches.values()])
+    np.testing.assert_allclose(found.middles[:, 0], middles - middles.mean())
+    np.testing.assert_allclose(found.spreads[:, 0], [(high - low) / np.sqrt(12) for low, high in reaches.values()])
+    np.testing.assert_allclose(found.middles[:, 1:], places().middles[:, 1:])
+    np.testing.assert_allclose(found.spreads[:, 1:], places().spreads[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("slices", "reaches"),
+    [
+        ((5, 13), {0: (-3, 21), 1: (-3, 13)}),  # no slice beyond the spine; left begins as far before as the next slice is behind
+        ((5, 7, 8), {0: (2, 11), 1: (4, 8)}),
+        ((13, 16, 17), {0: (9, 21), 2: (13, 20)}),
+        ((5,), {0: None, 1: None}),
+    ],
+)
+def test_where_no_slice_says_how_far(slices: tuple[int, ...], reaches: dict[int, tuple[int, int] | None]) -> None:
+    label = body()
+    found = Places.of([], [{z: label[z] for z in slices}], CLASSES, False)
+    assert found is not None
+    for k in range(3):
+        assert np.isfinite(found.middles[k, 0]) == (k in reaches)
+    for k, reach in reaches.items():
+        expected = np.inf if reach is None else (reach[1] - reach[0]) / np.sqrt(12)
+        np.testing.assert_allclose(found.spreads[k, 0], expected)
+    if None not in reaches.values():
+        middles = [sum(reach) / 2 for reach in reaches.values() if reach]
+        np.testing.assert_allclose([found.middles[k, 0] for k in reaches], np.array(middles) - np.mean(middles))
+
+
+@SPACES
+def test_places_from_slices_remove_what_lies_elsewhere(space: LabelSpace) -> None:
+    label = body()
+    known = Places.of([], [{z: label[z] for z in (2, 5, 13, 17, 23)}], space, False)
+    assert known is not None
+    truth = torch.from_numpy(body((40, 48, 40), at=(3, 10, 12)).astype(np.int64))
+    told = truth.clone()
+    told[30:38, 10:18, 12:20] = 2
+    assert torch.equal(decided(known.seen_in(says(told, space, sure=0.99), space), space), truth)
+
+
+def test_places_within_slices_only() -> None:
+    """One slice says nothing about the others; within it, it does."""
+    label = body()
+    known = Places.of([], [{5: label[5]}], CLASSES, True)
+    assert known is not None
+    truth = torch.from_numpy(np.where(body() == 3, 2, body()).astype(np.int64))
+    told = truth.clone()
+    told[:, :5, 34:] = 2
+    assert torch.equal(decided(known.seen_in(says(told, CLASSES, sure=0.99), CLASSES), CLASSES), truth)
+
+
 def test_what_says_nothing_about_places() -> None:
     empty, single = np.zeros((3, 4, 4), dtype=np.int16), (body() == 1).astype(np.int16)
-    assert Places.of_volumes([], CLASSES, False) is None and Places.of_volumes([empty, single], CLASSES, False) is None
+    assert Places.of([], [], CLASSES, False) is None and Places.of([empty, single], [], CLASSES, False) is None
     assert np.array_equal(places(CLASSES, body(), single).middles, places().middles)
 
 

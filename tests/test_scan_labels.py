@@ -355,7 +355,7 @@ def test_where_organs_lie_is_known_from_whole_volumes(workspace: Workspace, whol
     assert [rule.places is not None for rule in rules] == [expected] * 2
     assert ("scan_labels.places" in next(workspace.fold().glob("training_log_*.txt")).read_text()) == expected
     if expected:
-        known = Places.of_volumes([workspace.label(EXEMPLAR["case"])[0]], trainer.label_space, True)
+        known = Places.of([workspace.label(EXEMPLAR["case"])[0]], [], trainer.label_space, True)
         stored = torch.load(workspace.fold() / "checkpoint_final.pth", weights_only=False)["network_weights"]["refinement"]
         found = Refinement.from_tensor(stored, trainer.label_space).places
         assert known is not None and found is not None and np.allclose(found.middles, known.middles, atol=1e-4)
@@ -393,6 +393,9 @@ def test_which_slices_make_a_volume(
     exemplars = [Exemplar("a", "z", z, z, image, np.full((4, 4), int(z in organs) * (z + 1), dtype=np.int16)) for z in organs + empty]
     found = rounds.whole_volumes(exemplars[::-1], None)  # type: ignore[arg-type]
     assert len(found) == is_whole
+    painted = rounds.painted_slices(exemplars, None)  # type: ignore[arg-type]
+    assert [sorted(slices) for slices in painted] == ([] if is_whole else [sorted(organs + empty)])
+    assert not rounds.painted_slices(exemplars[:1], None), "one slice says nothing about the others"  # type: ignore[arg-type]
     assert not is_whole or found[0][:, 0, 0].tolist() == [z + 1 for z in organs]
 
 

@@ -1,4 +1,4 @@
-"""Where organs lie relative to each other, learned from whole annotated volumes.
+"""Where organs lie relative to each other, learned from annotated volumes, or from several slices of one.
 
 Networks that see a slice, or a window, of a scan cannot know which side of the body it is from, and networks that know their organs from
 one volume find more of the same elsewhere. An annotated volume says where its organs lie, seen from their common middle; in other scans
@@ -7,7 +7,7 @@ they lie about there, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,7 @@ class Places:
 
     Attributes:
         middles: (F, 3) seen from the mean of all; NaN for what no volume shows.
-        spreads: (F, 3) standard deviation of its voxels' places.
+        spreads: (F, 3) standard deviation of its voxels' places; infinite where slices leave open how far it reaches.
         stretched: slices are not as far apart in every scan, so that distances along z have a factor of the scan's own.
     """
 
@@ -54,28 +54,34 @@ class Places:
     stretched: bool
 
     @classmethod
-    def of_volumes(cls, volumes: Sequence[np.ndarray], space: LabelSpace, stretched: bool) -> Places | None:
-        """The places that label maps (Z, Y, X) of whole volumes show; None where none of them shows two classes or regions.
+    def of(
+        cls,
+        volumes: Sequence[np.ndarray],
+        slices: Sequence[Mapping[int, np.ndarray]],
+        space: LabelSpace,
+        stretched: bool,
+    ) -> Places | None:
+        """The places that annotated images show; None where none of them shows two classes or regions.
 
-        Of several volumes, spreads are those within and between them. ``stretched`` as above.
+        Of several images, spreads are those within and between them.
+
+        Args:
+            volumes: label maps (Z, Y, X) of whole volumes.
+            slices: of each volume of which only slices are annotated, the label maps (Y, X) by their place along z.
+            space: what the networks' heads mean.
+            stretched: see the class.
         """
-        found = []
-        for volume in volumes:
-            target = space.target(torch.from_numpy(np.asarray(volume)[None]))
-            places = [mask[0].nonzero().double().numpy() for mask in space.masks(target)]
-            moments = [[p.mean(0), p.var(0)] if len(p) else [[np.nan] * 3] * 2 for p in places]
-            middles, variances = np.array(moments).transpose(1, 0, 2)
-            if np.isfinite(middles[:, 0]).sum() > 1:
-                found.append((middles - np.nanmean(middles, 0), variances))
+        shown = [_of_volume(volume, space) for volume in volumes] + [_of_slices(some, space) for some in slices]
+        found = [(middles - np.nanmean(middles, 0), variances) for middles, variances in shown if np.isfinite(middles[:, 0]).sum() > 1]
         if not found:
             return None
         middles, variances = (np.stack(part) for part in zip(*found))
-        shown = np.isfinite(middles)
-        count = np.maximum(shown.sum(0), 1)
-        mean = np.where(shown, middles, 0).sum(0) / count
-        between = (np.where(shown, middles - mean, 0) ** 2).sum(0) / count
-        within = np.where(shown, variances, 0).sum(0) / count
-        mean[~shown.any(0)] = np.nan
+        known = np.isfinite(middles)
+        count = np.maximum(known.sum(0), 1)
+        mean = np.where(known, middles, 0).sum(0) / count
+        between = (np.where(known, middles - mean, 0) ** 2).sum(0) / count
+        within = np.where(known, variances, 0).sum(0) / count
+        mean[~known.any(0)] = np.nan
         return cls(mean, np.sqrt(within + between), stretched)
 
     def numbers(self) -> list[float]:
@@ -148,17 +154,18 @@ class Places:
                 break
             # a class counts by what is seen of it, up to as much as of the largest, and by how exactly its place is known
             share = np.minimum(1, mass / mass.max())[:, None] / variances
-            total, mass = share.sum(0), np.maximum(mass, 1e-9)[:, None]
+            total, mass = np.maximum(share.sum(0), 1e-9), np.maximum(mass, 1e-9)[:, None]
             middle = (share * (near @ places / mass - middles * factor)).sum(0) / total
             if self.stretched and width <= _EXACT:
                 seen = (share * (near @ (places - middle) ** 2 / mass)).sum(0)[0]
-                expected = (share * (middles**2 + self.spreads**2)).sum(0)[0]
+                expected = (share * (middles**2 + np.where(np.isfinite(self.spreads), self.spreads, 0) ** 2)).sum(0)[0]
                 factor[0] = np.clip(np.sqrt(seen / expected), 1 / MOST_STRETCHED, MOST_STRETCHED) if expected > 0 else 1.0
         return middle, factor
 
     def _variances(self) -> np.ndarray:
         """(F, 3), those of places and the tolerance; never 0."""
-        overall = np.nanmean(self.middles**2 + self.spreads**2, 0)
+        squares = np.where(np.isfinite(self.spreads), self.middles**2 + self.spreads**2, np.nan)
+        overall = np.array([column[np.isfinite(column)].mean() if np.isfinite(column).any() else 0.0 for column in squares.T])
         return self.spreads**2 + TOLERANCE**2 * overall + 0.25
 
     def _likelihood(self, k: int, axes: Sequence[np.ndarray], middle: np.ndarray, factor: np.ndarray, width: float) -> np.ndarray:
@@ -170,3 +177,40 @@ class Places:
         distance = np.sqrt(parts[0] + parts[1] + parts[2])
         likelihood: np.ndarray = np.exp(-0.5 * np.maximum(0, distance - np.float32(FREE)) ** 2)
         return likelihood
+
+
+def _of_volume(volume: np.ndarray, space: LabelSpace) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the places of each class or region, (F, 3) both; NaN for what is not shown."""
+    moments = [[p.mean(0), p.var(0)] if len(p) else [[np.nan] * 3] * 2 for p in _voxels(volume, space)]
+    middles, variances = np.array(moments, dtype=np.float64).transpose(1, 0, 2)
+    return middles, variances
+
+
+def _of_slices(slices: Mapping[int, np.ndarray], space: LabelSpace) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_of_volume`. Along z an organ reaches from the last slice before it to the first one behind it that does not show it.
+
+    Where there is no such slice on one side, it reaches as far beyond the slices that show it as on the other one, or as these are apart.
+    """
+    order = sorted(slices)
+    middles, variances = _of_volume(np.stack([slices[z] for z in order]), space)
+    for k, voxels in enumerate(_voxels(np.stack([slices[z] for z in order]), space)):
+        if not len(voxels):
+            continue
+        first, last = (order[int(index)] for index in (voxels[:, 0].min(), voxels[:, 0].max()))
+        before = max((z for z in order if z < first), default=None)
+        behind = min((z for z in order if z > last), default=None)
+        if before is None and behind is None:
+            below = above = last - first
+        else:
+            below = first - before if before is not None else behind - last  # type: ignore[operator]
+            above = behind - last if behind is not None else below
+        reach = last - first + below + above
+        middles[k, 0] = (first - below + last + above) / 2
+        variances[k, 0] = reach**2 / 12 if reach else np.inf
+    return middles, variances
+
+
+def _voxels(volume: np.ndarray, space: LabelSpace) -> list[np.ndarray]:
+    """(N, 3) places (z, y, x) of each class or region in a label map (Z, Y, X)."""
+    target = space.target(torch.from_numpy(np.asarray(volume)[None]))
+    return [mask[0].nonzero().double().numpy() for mask in space.masks(target)]

@@ -72,10 +72,11 @@ class ScanLabels:
         self._config: ScanLabelsConfig = trainer.config.scan_labels
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
-        volumes = whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
+        dataset = trainer.preprocessed_dataset()
+        volumes, some = whole_volumes(trainer.exemplars, dataset), painted_slices(trainer.exemplars, dataset)
         single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
         resampled = len(trainer.configuration_manager.patch_size) == 3
-        places = Places.of_volumes(volumes, self._space, not resampled) if self._config.places else None
+        places = Places.of(volumes, some, self._space, not resampled) if self._config.places else None
         self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE, places)
         # what networks say at the end of a training is more exact than what they say in its midst
         finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
@@ -209,16 +210,30 @@ def whole_volumes(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -
     :func:`~nnunetv2_cmems.data.planes.annotated_slices`).
     """
     found = [exemplar.label for exemplar in exemplars if exemplar.index is None and exemplar.plane is None]
+    for case, slices in _slices_of_cases(exemplars).items():
+        if _is_whole(slices, case, dataset):
+            found.append(np.stack([slices[index] for index in sorted(slices) if (slices[index] > 0).any()]))
+    return found
+
+
+def painted_slices(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[dict[int, np.ndarray]]:
+    """The label maps (Y, X) of the cases of which several slices are annotated, but not the whole, by their index along the slice axis."""
+    cases = _slices_of_cases(exemplars)
+    return [slices for case, slices in cases.items() if len(slices) > 1 and not _is_whole(slices, case, dataset)]
+
+
+def _slices_of_cases(exemplars: Sequence[Exemplar]) -> dict[str, dict[int, np.ndarray]]:
     cases: dict[str, dict[int, np.ndarray]] = {}
     for exemplar in exemplars:
         if exemplar.index is not None:
             cases.setdefault(exemplar.case, {})[exemplar.index] = exemplar.label
-    for case, slices in cases.items():
-        organs = [index for index in sorted(slices) if (slices[index] > 0).any()]
-        unbroken = len(organs) >= FEWEST_OF_A_VOLUME and organs[-1] - organs[0] + 1 == len(organs)
-        if unbroken and (len(slices) > len(organs) or len(slices) == open_image(case, dataset).shape[1]):
-            found.append(np.stack([slices[index] for index in organs]))
-    return found
+    return cases
+
+
+def _is_whole(slices: Mapping[int, np.ndarray], case: str, dataset: PreprocessedDataset) -> bool:
+    organs = [index for index in sorted(slices) if (slices[index] > 0).any()]
+    unbroken = len(organs) >= FEWEST_OF_A_VOLUME and organs[-1] - organs[0] + 1 == len(organs)
+    return unbroken and (len(slices) > len(organs) or len(slices) == open_image(case, dataset).shape[1])
 
 
 def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels | None:
@@ -242,7 +257,7 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
     made = ScanLabels(trainer, cases) if wanted else None
     if made is not None and made.refinement.places is not None:
         trainer.print_to_log_file(
-            "In unlabelled scans and in predictions organs are looked for where whole annotated volumes show them, seen from their common "
+            "In unlabelled scans and in predictions organs are looked for where the annotated volumes show them, seen from their common "
             "middle; for what may lie anywhere, such as lesions, switch off 'scan_labels.places'."
         )
     if not trainer.local_rank:
