@@ -229,3 +229,14 @@ def test_labels_and_logits_keep_to_places() -> None:
         rule = Refinement(ScanLabelsConfig(appearance=0.0, smoothing=0.0, largest_piece=False), (True,) * 4, 1.0, known)
         logits = CLASSES.logits(says(told, CLASSES, sure=0.99)[None])[0]
         assert torch.equal(rule.logits(logits, image, CLASSES, True).argmax(0), expected)
+
+
+def test_a_scan_that_ends_within_the_body() -> None:
+    """The left organ is beyond the first slice, the spine's half is there."""
+    truth = torch.from_numpy(body(at=(3, 10, 12)).astype(np.int64))[11:]
+    told = truth.clone()
+    told[:2, 40:46, 30:36] = 1
+    for stretched in (False, True):
+        found = decided(places(stretched=stretched).seen_in(says(told, CLASSES, sure=0.99), CLASSES), CLASSES)
+        assert float((found == truth).float().mean()) > 0.99 and not (found == 1)[:2, 40:46, 30:36].any()
+        assert float((found[truth == 1] == 1).float().mean()) > 0.9
