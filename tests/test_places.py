@@ -102,6 +102,14 @@ def test_where_no_slice_says_how_far(slices: tuple[int, ...], reaches: dict[int,
         np.testing.assert_allclose([found.middles[k, 0] for k in reaches], np.array(middles) - np.mean(middles))
 
 
+def test_a_slice_that_is_annotated_in_part_does_not_say_what_is_not_there() -> None:
+    slices = {z: body()[z] for z in (2, 5, 10, 13, 17, 23)}
+    slices[10][40:] = -1  # of the left organ nobody knows: it ends before 13, not before 10
+    found = Places.of([], [slices], CLASSES, False)
+    assert found is not None
+    np.testing.assert_allclose(found.spreads[:, 0], np.array([23 - 2, 13 - 2, 23 - 13]) / np.sqrt(12))
+
+
 @SPACES
 def test_places_from_slices_remove_what_lies_elsewhere(space: LabelSpace) -> None:
     label = body()

@@ -67,7 +67,8 @@ class Places:
 
         Args:
             volumes: label maps (Z, Y, X) of whole volumes.
-            slices: of each volume of which only slices are annotated, the label maps (Y, X) by their place along z.
+            slices: of each volume of which only slices are annotated, the label maps (Y, X) by their place along z; negative where a slice
+                is not annotated.
             space: what the networks' heads mean.
             stretched: see the class.
         """
@@ -192,13 +193,14 @@ def _of_slices(slices: Mapping[int, np.ndarray], space: LabelSpace) -> tuple[np.
     Where there is no such slice on one side, it reaches as far beyond the slices that show it as on the other one, or as these are apart.
     """
     order = sorted(slices)
+    whole = [z for z in order if (slices[z] >= 0).all()]  # the others do not say what they do not show
     middles, variances = _of_volume(np.stack([slices[z] for z in order]), space)
     for k, voxels in enumerate(_voxels(np.stack([slices[z] for z in order]), space)):
         if not len(voxels):
             continue
         first, last = (order[int(index)] for index in (voxels[:, 0].min(), voxels[:, 0].max()))
-        before = max((z for z in order if z < first), default=None)
-        behind = min((z for z in order if z > last), default=None)
+        before = max((z for z in whole if z < first), default=None)
+        behind = min((z for z in whole if z > last), default=None)
         if before is None and behind is None:
             below = above = last - first
         else:
