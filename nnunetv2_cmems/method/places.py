@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -117,19 +118,19 @@ class Places:
         found = probabilities.numpy().copy()
         organs = found[first:]
         axes = np.meshgrid(*[np.arange(side, dtype=np.float32) for side in organs.shape[1:]], indexing="ij", sparse=True)
-        foreground = organs.sum(0)
-        for k, organ in enumerate(organs):  # one at a time: volumes are large
-            likelihood = self._likelihood(k, axes, *fit, 1.0)
-            if first:
-                if np.isfinite(self.middles[k, 0]):
-                    organ += CONFUSED * foreground
-                organ *= likelihood
-            else:
+        likelihoods = (self._likelihood(k, axes, *fit, 1.0) for k in range(len(organs)))  # one at a time: volumes are large
+        if not first:
+            for organ, likelihood in zip(organs, likelihoods):
                 inside = np.minimum(organ, 1 - SURPRISE) * likelihood
                 organ[:] = inside / (inside + np.maximum(1 - organ, SURPRISE))
-        if first:
-            np.maximum(found[0], SURPRISE, out=found[0])
-            found /= found.sum(0)
+            return torch.from_numpy(found)
+        foreground = organs.sum(0)
+        for organ, likelihood, known in zip(organs, likelihoods, self._known):
+            if known:
+                organ += CONFUSED * foreground
+            organ *= likelihood
+        np.maximum(found[0], SURPRISE, out=found[0])
+        found /= found.sum(0)
         return torch.from_numpy(found)
 
     def _fitted(self, organs: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -138,13 +139,13 @@ class Places:
         step = -(-len(places) // _MOST) or 1
         places = places[::step]
         weights = step * organs[(slice(None), *places.T)].astype(np.float64)
-        known = np.isfinite(self.middles[:, 0])
+        known = self._known
         use = known & (weights.sum(1) > _FEWEST)
         if use.sum() < 2:
             return None
         factor = np.ones(3)
         middles = np.where(known[:, None], self.middles, 0)
-        variances = self._variances()
+        variances = self._variances
         middle = np.mean([(one @ places) / one.sum() - shift for one, shift in zip(weights[use], middles[use])], 0)
         for width in _WIDTHS:
             near = np.zeros_like(weights)
@@ -163,6 +164,12 @@ class Places:
                 factor[0] = np.clip(np.sqrt(seen / expected), 1 / MOST_STRETCHED, MOST_STRETCHED) if expected > 0 else 1.0
         return middle, factor
 
+    @cached_property
+    def _known(self) -> np.ndarray:
+        """(F,) bool, what has a place."""
+        return np.isfinite(self.middles[:, 0])
+
+    @cached_property
     def _variances(self) -> np.ndarray:
         """(F, 3), those of places and the tolerance; never 0."""
         squares = np.where(np.isfinite(self.spreads), self.middles**2 + self.spreads**2, np.nan)
@@ -171,9 +178,9 @@ class Places:
 
     def _likelihood(self, k: int, axes: Sequence[np.ndarray], middle: np.ndarray, factor: np.ndarray, width: float) -> np.ndarray:
         """Of a class at places whose coordinates (z, y, x) broadcast, between 0 and 1; 1 for what no volume shows."""
-        if np.isnan(self.middles[k, 0]):
+        if not self._known[k]:
             return np.ones((), dtype=np.float32)
-        place, deviation = middle + self.middles[k] * factor, factor * width * np.sqrt(self._variances()[k])
+        place, deviation = middle + self.middles[k] * factor, factor * width * np.sqrt(self._variances[k])
         parts = [(((axis - place[i]) / deviation[i]) ** 2).astype(np.float32) for i, axis in enumerate(axes)]
         distance = np.sqrt(parts[0] + parts[1] + parts[2])
         likelihood: np.ndarray = np.exp(-0.5 * np.maximum(0, distance - np.float32(FREE)) ** 2)
@@ -182,9 +189,7 @@ class Places:
 
 def _of_volume(volume: np.ndarray, space: LabelSpace) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of the places of each class or region, (F, 3) both; NaN for what is not shown."""
-    moments = [[p.mean(0), p.var(0)] if len(p) else [[np.nan] * 3] * 2 for p in _voxels(volume, space)]
-    middles, variances = np.array(moments, dtype=np.float64).transpose(1, 0, 2)
-    return middles, variances
+    return _moments(_voxels(volume, space))
 
 
 def _of_slices(slices: Mapping[int, np.ndarray], space: LabelSpace) -> tuple[np.ndarray, np.ndarray]:
@@ -194,21 +199,16 @@ def _of_slices(slices: Mapping[int, np.ndarray], space: LabelSpace) -> tuple[np.
     """
     order = sorted(slices)
     whole = [z for z in order if (slices[z] >= 0).all()]  # the others do not say what they do not show
-    middles, variances = _of_volume(np.stack([slices[z] for z in order]), space)
-    for k, voxels in enumerate(_voxels(np.stack([slices[z] for z in order]), space)):
+    shown = _voxels(np.stack([slices[z] for z in order]), space)
+    middles, variances = _moments(shown)
+    for k, voxels in enumerate(shown):
         if not len(voxels):
             continue
         first, last = (order[int(index)] for index in (voxels[:, 0].min(), voxels[:, 0].max()))
-        before = max((z for z in whole if z < first), default=None)
-        behind = min((z for z in whole if z > last), default=None)
-        if before is None and behind is None:
-            below = above = last - first
-        else:
-            below = first - before if before is not None else behind - last  # type: ignore[operator]
-            above = behind - last if behind is not None else below
-        reach = last - first + below + above
-        middles[k, 0] = (first - below + last + above) / 2
-        variances[k, 0] = reach**2 / 12 if reach else np.inf
+        before, behind = [first - z for z in whole if z < first], [z - last for z in whole if z > last]
+        low, high = first - min(before or behind or [last - first]), last + min(behind or before or [last - first])
+        middles[k, 0] = (low + high) / 2
+        variances[k, 0] = (high - low) ** 2 / 12 if high > low else np.inf
     return middles, variances
 
 
@@ -216,3 +216,9 @@ def _voxels(volume: np.ndarray, space: LabelSpace) -> list[np.ndarray]:
     """(N, 3) places (z, y, x) of each class or region in a label map (Z, Y, X)."""
     target = space.target(torch.from_numpy(np.asarray(volume)[None]))
     return [mask[0].nonzero().double().numpy() for mask in space.masks(target)]
+
+
+def _moments(shown: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    moments = [[voxels.mean(0), voxels.var(0)] if len(voxels) else [[np.nan] * 3] * 2 for voxels in shown]
+    middles, variances = np.array(moments, dtype=np.float64).transpose(1, 0, 2)
+    return middles, variances

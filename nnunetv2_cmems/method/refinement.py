@@ -83,21 +83,21 @@ class Refinement:
         """Whether slices that members agree on count for others: only where slices are apart from each other."""
         return planar and self.config.propagation > 0
 
-    def propagated(self, probabilities: Tensor, image: Tensor, agreement: Tensor | None, slices: slice, space: LabelSpace) -> Tensor:
-        """What slices that members agree on say about the others, see :func:`~nnunetv2_cmems.method.propagation.propagate`.
+    def settled(self, probabilities: Tensor, image: Tensor, agreement: Tensor | None, slices: slice, space: LabelSpace) -> Tensor:
+        """What is left of the networks' probabilities before grey values count: organs keep to their places, see
+        :meth:`~nnunetv2_cmems.method.places.Places.seen_in`, and slices follow those that members agree on, see
+        :func:`~nnunetv2_cmems.method.propagation.propagate`.
 
         Args:
             probabilities: of these slices of a scan.
             image: the same part of it.
-            agreement: (F, Z) of the whole scan. None: it is not known, and the probabilities stay as they are.
+            agreement: (F, Z) of the whole scan. None: it is not known, and nothing is propagated.
             slices: which slices these are.
             space: what the heads mean.
         """
+        if self.places is not None:
+            probabilities = self.places.seen_in(probabilities, space)
         return probabilities if agreement is None else propagate(probabilities, image, agreement[:, slices], self.config.propagation, space)
-
-    def seen_in_places(self, probabilities: Tensor, space: LabelSpace) -> Tensor:
-        """What is left of probabilities where organs lie as annotated, see :meth:`~nnunetv2_cmems.method.places.Places.seen_in`."""
-        return probabilities if self.places is None else self.places.seen_in(probabilities, space)
 
     def margin(self, agreement: Tensor | None) -> int:
         """How far around what may be foreground a scan is worked on, in voxels."""
@@ -115,7 +115,8 @@ class Refinement:
     ) -> Tensor:
         """Refined logits of a scan (heads, Z, Y, X), from the networks'. What is not near foreground stays as it is.
 
-        Where a piece is removed, the background is as sure as the organ was. With ``agreement``, (F, Z), they are :meth:`propagated` first.
+        Where a piece is removed, the background is as sure as the organ was. With ``agreement``, (F, Z), slices follow each other, see
+        :meth:`settled`.
         """
         margin = self.margin(agreement)
         box = surroundings(space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if planar else margin, margin, margin])
@@ -123,8 +124,7 @@ class Refinement:
             return logits
         place = (slice(None), *box)
         probabilities = space.probabilities(logits[place][None])[0]
-        probabilities = self.seen_in_places(probabilities, space)
-        probabilities = self.propagated(probabilities, image[place], agreement, box[0], space)
+        probabilities = self.settled(probabilities, image[place], agreement, box[0], space)
         probabilities = refine(probabilities, image[place], self.config, space, planar)
         labels = _decided(probabilities, space)
         removed = labels != self._large_pieces(labels, space)

@@ -1,9 +1,9 @@
 """Labels of whole unlabelled scans, made by the members in the middle of a training.
 
-A round is: predict each scan, carry the prediction from slices that members agree on to the others, refine it by the scan's own grey
-values, keep the largest pieces, write the labels down. From the next batch on the loader hands them out. No random numbers are drawn,
-and what was made for later epochs than those that a checkpoint has behind it is made again, so that a training that goes on ends as one
-without a break.
+A round is: predict each scan, keep organs to their places, carry the prediction from slices that members agree on to the others, refine
+it by the scan's own grey values, keep the largest pieces, write the labels down. From the next batch on the loader hands them out. No
+random numbers are drawn, and what was made for later epochs than those that a checkpoint has behind it is made again, so that a training
+that goes on ends as one without a break.
 """
 
 from __future__ import annotations
@@ -167,8 +167,7 @@ class ScanLabels:
             return whole.numpy()
         logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
         probabilities = self._space.probabilities(logits[None])[0]
-        probabilities = self.refinement.seen_in_places(probabilities, self._space)
-        probabilities = self.refinement.propagated(probabilities, image, agreement, box[0], self._space)
+        probabilities = self.refinement.settled(probabilities, image, agreement, box[0], self._space)
         labels = self.refinement.labels(probabilities, image, self._space, self._planar)
         if self._reach > 0 and any(self._open):
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
