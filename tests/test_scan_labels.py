@@ -295,6 +295,9 @@ def test_scans_of_one_series_are_labelled_together(
         assert one.image.shape == two.image.shape and one.agreement is not None and one.agreement.shape[1] == one.image.shape[1]
     for case in UNLABELLED:
         assert np.load(folder(workspace) / "epoch_1" / f"{case}.npy").shape[-3:] == workspace.image(case).shape[1:]
+    (log,) = workspace.fold().glob("training_log_*.txt")
+    said = f"labelled together (1 series, the first: {first}, {second}); for scans that only look alike, switch off 'scan_labels.series'."
+    assert (said in log.read_text()) == any(expected)
 
 
 # ------------------------------------------------------------------ predictions

@@ -95,11 +95,16 @@ class ScanLabels:
         self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
         self._planar = is_planar(trainer.configuration_manager.spacing)
         follows = self._config.series and self.refinement.propagates(self._planar)
-        self._series = series(self._cases) if follows else [[case] for case in self._cases]
+        self._together = series(self._cases) if follows else [[case] for case in self._cases]
         self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
         self.begins = starts(self._config, trainer.num_epochs)
+
+    @property
+    def series(self) -> list[list[str]]:
+        """The cases that are labelled together with others."""
+        return [cases for cases in self._together if len(cases) > 1]
 
     def before_epoch(self, trainer: Any) -> None:
         """Make a round where one begins with this epoch, or where the one that counts now is lost.
@@ -132,7 +137,7 @@ class ScanLabels:
         if not trainer.local_rank:
             shutil.rmtree(temporary, ignore_errors=True)
         distributed.wait_for_all()
-        mine = self._series[trainer.local_rank :: distributed.count_processes()]
+        mine = self._together[trainer.local_rank :: distributed.count_processes()]
         scores: list[np.ndarray] = []
         patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
         with predicting(trainer, mirroring=False) as predictor:
@@ -296,6 +301,12 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
         trainer.print_to_log_file(
             "In unlabelled scans and in predictions organs are looked for where the annotated volumes show them, seen from their common "
             "middle; for what may lie anywhere, such as lesions, switch off 'scan_labels.places'."
+        )
+    if made is not None and made.series:
+        trainer.print_to_log_file(
+            f"{sum(map(len, made.series))} unlabelled scans show the same body as another one, such as phases of a heartbeat do, and are "
+            f"labelled together ({len(made.series)} series, the first: {', '.join(made.series[0])}); for scans that only look alike, "
+            "switch off 'scan_labels.series'."
         )
     if not trainer.local_rank:
         if made is None or trainer.current_epoch == 0:
