@@ -190,9 +190,6 @@ class ScanLabelsConfig:
             both consistency terms are switched off; ``consistency`` must be ``"pseudo_label"``.
         propagation: share of a scan's slices, for each class those on which the members agree best, from which what they say is carried to
             the other slices by registration. 0: nothing is carried. For 2D configurations and thick slices; needs two members.
-        series: of several scans of one series, such as phases of the heartbeat, slices on which the members disagree follow the same
-            slices of the scan on which they agree best, by registration. Such scans are told by their fine details, not by name. Counts
-            where ``propagation`` does.
         appearance: weight of the grey values' log-likelihood beside what the members say. 0: their grey values do not count.
         smoothing: sigma, in voxels, of the blur of what the members say; within slices for 2D configurations and thick slices. 0: none.
             Half of it where predictions are refined.
@@ -209,7 +206,6 @@ class ScanLabelsConfig:
 
     at: tuple[float, ...] = _between(0.0, 1.0, (0.3, 0.5, 0.7, 0.85))
     propagation: float = _between(0.0, 1.0, 0.25)
-    series: bool = True
     appearance: float = _between(0.0, 1.0, 0.5)
     smoothing: float = _between(0.0, 20.0, 1.0)
     growth: float = _between(0.0, 1.0, 0.07)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +10,7 @@ from test_refinement import CLASSES, REGIONS, dice, grey, says
 from torch import Tensor
 
 from nnunetv2_cmems.method.label_space import LabelSpace
-from nnunetv2_cmems.method.propagation import OWN, Opinion, _order, agreement_in_slices, follow, propagate
+from nnunetv2_cmems.method.propagation import OWN, _order, agreement_in_slices, propagate
 
 SPACES = pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
 DEPTH, SIDE = 7, 72
@@ -131,65 +130,3 @@ def test_the_nearest_slices_follow_first_and_both_sides_count() -> None:
     assert _order([0, 1, 2, 3, 4, 5], [2, 5]) == [(1, [2]), (3, [2, 5]), (4, [5, 2]), (0, [1])]
     assert _order([0, 3, 9], [9]) == [(3, [9]), (0, [3])], "over slices without the organ"
     assert _order([4], [4]) == []
-
-
-# ------------------------------------------------------------------ from scan to scan
-
-
-def two_phases(space: LabelSpace, known: range = range(DEPTH)) -> tuple[Tensor, Opinion, Opinion]:
-    """The truth of a phase that members do not know, what they say, and another phase of which they know these slices."""
-    truth, larger = cone(grows=1.0), cone()
-    wrong, agreement = two_members(truth, range(0), space)
-    right, better = two_members(larger, known, space)
-    return truth, Opinion(wrong, grey(truth, noise=0.1), agreement), Opinion(right, grey(larger, noise=0.1, seed=1), better)
-
-
-@SPACES
-def test_slices_follow_the_phase_that_members_agree_on(space: LabelSpace) -> None:
-    truth, own, other = two_phases(space, range(2, 5))
-    kept, state = own.probabilities.clone(), torch.get_rng_state()
-    after = follow(own, [other], space)
-    assert torch.equal(own.probabilities, kept) and torch.equal(torch.get_rng_state(), state)
-    for old, new in zip(dice(kept[:, 2:5], truth[2:5], space), dice(after[:, 2:5], truth[2:5], space)):
-        assert old + 0.2 < new > 0.85
-    if space is CLASSES:
-        torch.testing.assert_close(after.sum(0), torch.ones_like(after[0]))
-    assert (after >= 0).all() and (after <= 1).all()
-
-
-@SPACES
-def test_who_is_agreed_on_does_not_follow(space: LabelSpace) -> None:
-    _, own, other = two_phases(space)
-    torch.testing.assert_close(follow(other, [own], space), other.probabilities)
-    torch.testing.assert_close(follow(own, [], space), own.probabilities)
-    torch.testing.assert_close(follow(own, [dataclasses.replace(other, agreement=None)], space), own.probabilities)
-    unknown = dataclasses.replace(own, agreement=None)
-    torch.testing.assert_close(follow(unknown, [other], space), own.probabilities)
-
-
-def test_the_phase_that_is_agreed_on_best_leads() -> None:
-    _, own, other = two_phases(CLASSES)
-    own_agreement = torch.full_like(own.agreement, 0.5)  # type: ignore[arg-type]
-    nothing = Opinion(says(torch.zeros_like(cone()), CLASSES), other.image, torch.full_like(own_agreement, 0.8))
-    leading = dataclasses.replace(other, agreement=torch.full_like(own_agreement, 0.9))
-    own = dataclasses.replace(own, agreement=own_agreement)
-    expected = follow(own, [leading], CLASSES)
-    torch.testing.assert_close(follow(own, [leading, nothing], CLASSES), expected)
-    torch.testing.assert_close(follow(own, [nothing, leading], CLASSES), expected)
-
-
-@SPACES
-def test_no_phase_brings_an_organ_to_where_nobody_sees_it(space: LabelSpace) -> None:
-    _, own, other = two_phases(space)
-    own.probabilities[..., 6, :, :] = says(torch.zeros(1, SIDE, SIDE, dtype=torch.long), space)[:, 0]
-    agreement = own.agreement.clone()  # type: ignore[union-attr]
-    agreement[:, 6] = torch.nan
-    after = follow(dataclasses.replace(own, agreement=agreement), [other], space)
-    labels = space.decide(after[None], 0.0).labels[0]
-    assert not labels[..., 6, :, :].any() and labels[..., 5, :, :].any()
-
-
-def test_phases_of_nothing() -> None:
-    nothing = says(torch.zeros_like(cone()), CLASSES)
-    opinion = Opinion(nothing, torch.ones(1, *nothing.shape[1:]), torch.full((2, DEPTH), torch.nan))
-    torch.testing.assert_close(follow(opinion, [opinion], CLASSES), nothing)

@@ -34,11 +34,10 @@ from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first
 from nnunetv2_cmems.method.places import Places
-from nnunetv2_cmems.method.propagation import Opinion, follow
 from nnunetv2_cmems.method.refinement import Refinement
 from nnunetv2_cmems.trainers import scan_labels as rounds
 from nnunetv2_cmems.trainers.prediction import predict_like_folds, predict_with_agreement, predicting
-from nnunetv2_cmems.trainers.scan_labels import Prediction, starts
+from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
 AS_PREDICTED = {"at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}
@@ -134,13 +133,12 @@ def test_only_the_surroundings_of_foreground_are_worked_on(
     seen: list[tuple[int, ...]] = []
     refine = refinement.refine
     monkeypatch.setattr(refinement, "refine", lambda p, *rest: (seen.append(tuple(p.shape[1:])), refine(p, *rest))[1])
-    scan = [Prediction("scan", logits, None, image)]
-    (found,) = made._labels_of(scan)
+    found = made._labels_of(logits, image)
     monkeypatch.setattr(rounds, "LEAST_LOGIT", -1e9)
-    assert np.array_equal(found, *made._labels_of(scan)) and found.any()
+    assert np.array_equal(found, made._labels_of(logits, image)) and found.any()
     assert seen[0] < seen[-1] == shape and max(seen[0][1:]) < 50
     monkeypatch.setattr(rounds, "LEAST_LOGIT", 1e9)
-    assert not made._labels_of(scan)[0].any()
+    assert not made._labels_of(logits, image).any()
 
 
 def test_the_scans_that_get_labels_are_of_all_kinds() -> None:
@@ -254,50 +252,6 @@ def test_labels_follow_the_slices_that_members_agree_on(
     for probabilities, image, agreement, share, _ in seen:
         assert agreement.shape == (heads, image.shape[1]) == (heads, probabilities.shape[1]) and share == 0.25
         assert not agreement.isnan().all() and (agreement.nan_to_num() >= 0).all() and (agreement.nan_to_num() <= 1).all()
-
-
-@pytest.mark.parametrize(
-    ("prepare", "config", "expected"),
-    [
-        (lambda workspace: {}, {}, [0, 1, 1]),
-        (with_regions, {}, [0, 1, 1]),
-        (lambda workspace: {}, {"series": False}, [0, 0, 0]),
-        (lambda workspace: {}, {"propagation": 0}, [0, 0, 0]),
-    ],
-    ids=["classes", "regions", "off", "not propagated"],
-)
-def test_scans_of_one_series_are_labelled_together(
-    workspace: Workspace,
-    monkeypatch: pytest.MonkeyPatch,
-    prepare: Callable[[Workspace], dict[str, Any]],
-    config: dict[str, Any],
-    expected: list[int],
-) -> None:
-    """Each case gets the labels that come of its own image and probabilities, whichever scan shows most around the organs."""
-    alone, first, second = UNLABELLED
-    noise = 0.1 * np.random.default_rng(0).standard_normal(workspace.image(first).shape)
-    workspace.set_image(second, (workspace.image(first) + noise).astype(np.float32))
-    seen: list[tuple[Opinion, list[Opinion]]] = []
-
-    def noted(own: Opinion, others: list[Opinion], space: Any) -> Tensor:
-        seen.append((own, others))
-        return follow(own, others, space)
-
-    monkeypatch.setattr(rounds, "follow", noted)
-    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], **config}})
-    trainer = workspace.make(**prepare(workspace))
-    trainer.on_train_end = lambda: None
-    trainer.run_training()
-    assert [len(others) for _, others in seen] == expected
-    if any(expected):
-        (one, (two,)), (two_again, (one_again,)) = seen[1:]
-        assert two is two_again and one is one_again and not torch.equal(one.image, two.image)
-        assert one.image.shape == two.image.shape and one.agreement is not None and one.agreement.shape[1] == one.image.shape[1]
-    for case in UNLABELLED:
-        assert np.load(folder(workspace) / "epoch_1" / f"{case}.npy").shape[-3:] == workspace.image(case).shape[1:]
-    (log,) = workspace.fold().glob("training_log_*.txt")
-    said = f"labelled together (1 series, the first: {first}, {second}); for scans that only look alike, switch off 'scan_labels.series'."
-    assert (said in log.read_text()) == any(expected)
 
 
 # ------------------------------------------------------------------ predictions

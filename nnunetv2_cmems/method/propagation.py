@@ -2,8 +2,7 @@
 
 Networks that know their organs from one slice are right where a slice looks like it, and wrong, with full confidence, towards the organs'
 ends. Where they are wrong the members contradict each other. A neighbouring slice of the same scan shows the same organs, only a little
-deformed: what the members say about a slice that they agree on can be carried over to it. So does the same slice in another scan of the
-same series, such as another phase of the heartbeat.
+deformed: what the members say about a slice that they agree on can be carried over to it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -94,66 +92,6 @@ def propagate(probabilities: Tensor, image: Tensor, agreement: Tensor, share: fl
             moved = [_moved(near[source], onto(target, source)) for source in sources]
             whole[target] *= OWN  # far from the anchors' organs nothing comes from others
             near[target] += (1 - OWN) * np.average(moved, axis=0, weights=[1 / abs(target - source) for source in sources])
-    return _with_background(found, first)
-
-
-@dataclass(frozen=True)
-class Opinion:
-    """What is said about one scan.
-
-    Attributes:
-        probabilities: (K, Z, Y, X) of the classes, the background first, or (R, Z, Y, X) of the regions.
-        image: (C, Z, Y, X), the preprocessed scan.
-        agreement: (F, Z) from :func:`agreement_in_slices`; None: it is not known.
-    """
-
-    probabilities: Tensor
-    image: Tensor
-    agreement: Tensor | None
-
-
-@torch.no_grad()
-def follow(own: Opinion, others: Sequence[Opinion], space: LabelSpace) -> Tensor:
-    """Probabilities of a scan whose slices follow the same slices of other scans, where members agree better there.
-
-    For each class or region and each slice in which a member sees it: if members agree better on the same slice of another scan, the
-    prediction of the scan on which they agree best is deformed onto it, as :func:`propagate` deforms it from slice to slice, and
-    counts beside :data:`OWN` of its own. Where agreement is not known nobody follows. No random numbers are drawn.
-
-    Args:
-        own: the scan.
-        others: of the same series and shape, such as other phases of the heartbeat.
-        space: what the networks' heads mean.
-
-    Returns:
-        A tensor of the shape of ``own.probabilities``.
-    """
-    first = 0 if isinstance(space, Regions) else 1
-    known = [(other, np.nan_to_num(other.agreement.numpy(), nan=-1.0)) for other in others if other.agreement is not None]
-    place = _around([(opinion.probabilities[first:] > 0.5).any(0).numpy() for opinion in (own, *others)])
-    if own.agreement is None or not known or place is None:
-        return own.probabilities
-    window = (slice(None), *place)
-    theirs = np.stack([agreement for _, agreement in known])  # (scans, F, Z)
-    follows = theirs.max(0) > np.nan_to_num(own.agreement.numpy(), nan=np.inf)
-    leaders = theirs.argmax(0)
-    target = own.image.mean(0).numpy()[window].astype(np.float32)
-    found = own.probabilities.numpy().copy()
-    for index in np.unique(leaders[follows]):
-        other, _ = known[index]
-        source = other.image.mean(0).numpy()[window].astype(np.float32)
-        for z in np.flatnonzero((follows & (leaders == index)).any(0)):
-            deformation = _deformation(target[z], source[z])
-            for organ in np.flatnonzero(follows[:, z] & (leaders[:, z] == index)):
-                moved = _moved(other.probabilities[first + organ, z].numpy()[place], deformation)
-                whole = found[first + organ, z]
-                whole *= OWN
-                whole[place] += (1 - OWN) * moved
-    return _with_background(found, first)
-
-
-def _with_background(found: np.ndarray, first: int) -> Tensor:
-    """Probabilities of which those of the organs have been changed; regions (``first`` 0) need no background."""
     if first:
         organs = found[1:]
         organs /= np.maximum(organs.sum(0), 1)

@@ -151,15 +151,13 @@ def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stu
         "none": {"scan_labels": {"at": []}},
         "as predicted": {
             "scan_labels": {
-                "series": False, "places": False, "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0,
-                "largest_piece": False,
+                "places": False, "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False,
             }
         },
-        "refined": {"scan_labels": {"series": False, "places": False, "propagation": 0.0, "growth": 0.0}},
-        "refined and grown": {"scan_labels": {"series": False, "places": False, "propagation": 0.0}},
-        "with propagation": {"scan_labels": {"series": False, "places": False}},
-        "with places": {"scan_labels": {"series": False}},
-        "with series": {},
+        "refined": {"scan_labels": {"places": False, "propagation": 0.0, "growth": 0.0}},
+        "refined and grown": {"scan_labels": {"places": False, "propagation": 0.0}},
+        "with propagation": {"scan_labels": {"places": False}},
+        "with places": {},
     }
     question = "Should the members label whole scans, and what should happen to these labels?"
     return _of_config(grid, "scan_labels", question, {value: known[value] for value in _names("scan_labels", values, list(known))})

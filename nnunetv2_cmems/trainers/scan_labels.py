@@ -1,9 +1,9 @@
 """Labels of whole unlabelled scans, made by the members in the middle of a training.
 
-A round is: predict each scan, keep organs to their places, carry the prediction from slices that members agree on to the others, also
-from scan to scan of one series, refine it by the scan's own grey values, keep the largest pieces, write the labels down. From the next
-batch on the loader hands them out. No random numbers are drawn, and what was made for later epochs than those that a checkpoint has
-behind it is made again, so that a training that goes on ends as one without a break.
+A round is: predict each scan, keep organs to their places, carry the prediction from slices that members agree on to the others, refine
+it by the scan's own grey values, keep the largest pieces, write the labels down. From the next batch on the loader hands them out. No
+random numbers are drawn, and what was made for later epochs than those that a checkpoint has behind it is made again, so that a training
+that goes on ends as one without a break.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset
 from nnunetv2_cmems.data.planes import FEWEST_OF_A_VOLUME
 from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
-from nnunetv2_cmems.data.series import series
 from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.boxes import surroundings
@@ -39,7 +38,6 @@ from nnunetv2_cmems.method.growth import borders_on_background, grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
 from nnunetv2_cmems.method.places import Places
-from nnunetv2_cmems.method.propagation import Opinion, follow
 from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.prediction import is_planar, predict_for, predict_like_folds, predicting
@@ -60,15 +58,6 @@ CONFIDENCE_IN_GROWTH = 0.7
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Prediction(NamedTuple):
-    """The members' mean logits (heads, Z, Y, X) of a scan (C, Z, Y, X), and how well they agree (F, Z)."""
-
-    case: str
-    logits: Tensor
-    agreement: Tensor | None
-    image: Tensor
 
 
 class ScanLabels:
@@ -94,17 +83,10 @@ class ScanLabels:
         self.prediction_refinement = dataclasses.replace(self.refinement, config=finer)
         self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
         self._planar = is_planar(trainer.configuration_manager.spacing)
-        follows = self._config.series and self.refinement.propagates(self._planar)
-        self._together = series(self._cases) if follows else [[case] for case in self._cases]
         self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
         self.begins = starts(self._config, trainer.num_epochs)
-
-    @property
-    def series(self) -> list[list[str]]:
-        """The cases that are labelled together with others."""
-        return [cases for cases in self._together if len(cases) > 1]
 
     def before_epoch(self, trainer: Any) -> None:
         """Make a round where one begins with this epoch, or where the one that counts now is lost.
@@ -137,25 +119,25 @@ class ScanLabels:
         if not trainer.local_rank:
             shutil.rmtree(temporary, ignore_errors=True)
         distributed.wait_for_all()
-        mine = self._together[trainer.local_rank :: distributed.count_processes()]
+        mine = list(self._cases)[trainer.local_rank :: distributed.count_processes()]
         scores: list[np.ndarray] = []
         patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
         with predicting(trainer, mirroring=False) as predictor:
-            predicted = ([self._predict(case, predictor) for case in cases] for cases in mine)
+            predicted = (self._predict(case, predictor) for case in mine)
 
-            def finish(predictions: Sequence[Prediction]) -> list[np.ndarray]:
-                found = []
-                for (case, *_), labels in zip(predictions, self._labels_of(predictions)):
-                    _save(temporary, case, labels)
-                    if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
-                        found += _hidden_dice(case, self._cases[case], labels, self._space)
-                    bar.update()
-                return found
+            def finish(prediction: tuple[str, Tensor, Tensor | None, Tensor]) -> list[np.ndarray]:
+                case, logits, agreement, image = prediction
+                labels = self._labels_of(logits, image, agreement)
+                _save(temporary, case, labels)
+                if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
+                    return _hidden_dice(case, self._cases[case], labels, self._space)
+                return []
 
-            bar = tqdm(total=sum(map(len, mine)), desc="Labelling whole unlabelled scans", disable=trainer.local_rank > 0)
+            bar = tqdm(total=len(mine), desc="Labelling whole unlabelled scans", disable=trainer.local_rank > 0)
             with bar:
                 for found in in_threads(finish, predicted, min(MOST_THREADS, get_allowed_n_proc_DA())):
                     scores += found
+                    bar.update()
         scores = distributed.gathered(scores)  # and with that every process has written its part
         if not trainer.local_rank:
             shutil.rmtree(target, ignore_errors=True)
@@ -170,54 +152,29 @@ class ScanLabels:
         trainer.print_to_log_file(f"Labelled {len(self._cases)} whole unlabelled scans in {time.monotonic() - start:.0f} s")
 
     @torch.inference_mode()
-    def _predict(self, case: str, predictor: nnUNetPredictor) -> Prediction:
+    def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor | None, Tensor]:
+        """The case, the mean of the members' logits (heads, Z, Y, X), how well they agree (F, Z), and the image (C, Z, Y, X)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
-        logits, agreement = predict_for(self.refinement, predictor, image, self._space, self._planar)
-        return Prediction(case, logits, agreement, image)
+        return case, *predict_for(self.refinement, predictor, image, self._space, self._planar), image
 
     @torch.inference_mode()
-    def _labels_of(self, predictions: Sequence[Prediction]) -> list[np.ndarray]:
-        """int8 in head space, (Z, Y, X) or (R, Z, Y, X), for each scan of one series."""
-        boxes = [self._surroundings_of_organs(prediction) for prediction in predictions]
-        shown = [box for box in boxes if box is not None]
-        if not shown:
-            return [self._nothing(prediction).numpy() for prediction in predictions]
-        box = tuple(slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*shown))
-        opinions = [self._opinion(prediction, box) for prediction in predictions]
-        found = []
-        for index, (prediction, opinion) in enumerate(zip(predictions, opinions)):
-            whole = self._nothing(prediction)
-            if boxes[index] is not None:
-                probabilities = follow(opinion, [other for other in opinions if other is not opinion], self._space)
-                whole[(*[slice(None)] * (whole.ndim - 3), *box)] = self._decided(probabilities, opinion.image)
-            found.append(whole.numpy())
-        return found
-
-    def _nothing(self, prediction: Prediction) -> Tensor:
-        return torch.zeros(prediction.image.shape[1:] if self.files.regions == 0 else prediction.logits.shape, dtype=torch.int8)
-
-    def _surroundings_of_organs(self, prediction: Prediction) -> tuple[slice, ...] | None:
-        """Around what may be foreground. Nothing else is worked on."""
-        margin = max(self.refinement.margin(prediction.agreement), math.ceil(self._reach)) + 2
-        foreground = self._space.foreground_logits(prediction.logits[None])[0] > LEAST_LOGIT
-        return surroundings(foreground, [0 if self._planar else margin, margin, margin])
-
-    def _opinion(self, prediction: Prediction, box: tuple[slice, ...]) -> Opinion:
-        """What is left within a box of what the members say before grey values count."""
-        _, logits, agreement, image = prediction
+    def _labels_of(self, logits: Tensor, image: Tensor, agreement: Tensor | None = None) -> np.ndarray:
+        """int8 in head space, (Z, Y, X) or (R, Z, Y, X). Only the surroundings of what may be foreground are worked on."""
+        whole = torch.zeros(image.shape[1:] if self.files.regions == 0 else logits.shape, dtype=torch.int8)
+        margin = max(self.refinement.margin(agreement), math.ceil(self._reach)) + 2
+        box = surroundings(self._space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if self._planar else margin, margin, margin])
+        if box is None:
+            return whole.numpy()
         logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
         probabilities = self._space.probabilities(logits[None])[0]
         probabilities = self.refinement.settled(probabilities, image, agreement, box[0], self._space)
-        return Opinion(probabilities, image, None if agreement is None else agreement[:, box[0]])
-
-    def _decided(self, probabilities: Tensor, image: Tensor) -> Tensor:
-        """int8 labels that follow the scan's grey values, and grow up to its edges."""
         labels = self.refinement.labels(probabilities, image, self._space, self._planar)
         if self._reach > 0 and any(self._open):
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
             mixed = torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH)
             labels = self.refinement.labels(mixed, image, self._space, self._planar)
-        return labels
+        whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
+        return whole.numpy()
 
 
 def chosen(cases: Iterable[str], most: int) -> list[str]:
@@ -301,12 +258,6 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
         trainer.print_to_log_file(
             "In unlabelled scans and in predictions organs are looked for where the annotated volumes show them, seen from their common "
             "middle; for what may lie anywhere, such as lesions, switch off 'scan_labels.places'."
-        )
-    if made is not None and made.series:
-        trainer.print_to_log_file(
-            f"{sum(map(len, made.series))} unlabelled scans show the same body as another one, such as phases of a heartbeat do, and are "
-            f"labelled together ({len(made.series)} series, the first: {', '.join(made.series[0])}); for scans that only look alike, "
-            "switch off 'scan_labels.series'."
         )
     if not trainer.local_rank:
         if made is None or trainer.current_epoch == 0:
