@@ -41,12 +41,20 @@ def after_each_step(trainer: Any, act: Callable[[], Any]) -> None:
     trainer.train_step = stepped
 
 
+def size_of(tensor: torch.Tensor) -> int:
+    """Bytes; 0 for what has no size, as a compiler's tensors of symbolic sizes that an earlier test has left."""
+    try:
+        return tensor.nbytes
+    except RuntimeError:
+        return 0
+
+
 def living() -> Counter[str]:
     """What Python's garbage collector keeps track of, by type; the bytes of tensors; open files."""
     gc.collect()
     objects = gc.get_objects()
     found = Counter(type(found).__name__ for found in objects)
-    found["bytes of tensors"] = sum(found.nbytes for found in objects if issubclass(type(found), torch.Tensor))
+    found["bytes of tensors"] = sum(size_of(found) for found in objects if issubclass(type(found), torch.Tensor))
     found["open files"] = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     return found
 
