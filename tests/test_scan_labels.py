@@ -32,7 +32,7 @@ from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method import refinement
 from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
-from nnunetv2_cmems.method.objective import known_first
+from nnunetv2_cmems.method.objective import known_first, passes_per_step
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.refinement import Refinement
 from nnunetv2_cmems.trainers import scan_labels as rounds
@@ -252,6 +252,125 @@ def test_labels_follow_the_slices_that_members_agree_on(
     for probabilities, image, agreement, share, _ in seen:
         assert agreement.shape == (heads, image.shape[1]) == (heads, probabilities.shape[1]) and share == 0.25
         assert not agreement.isnan().all() and (agreement.nan_to_num() >= 0).all() and (agreement.nan_to_num() <= 1).all()
+
+
+# ------------------------------------------------------------------ annotated volumes
+
+
+LATER = {"start": 0.2, "rampup": 0.3}
+WHOLE: dict[str, Any] = {**ON, "exemplar": [{"case": EXEMPLAR["case"]}], "image": LATER, "feature": LATER}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "heads"),
+    [(lambda workspace: {}, 0), (in_three_dimensions, 0), (with_regions, 3)],
+    ids=["2d", "3d", "regions"],
+)
+def test_annotated_volumes_teach_from_the_first_step(
+    workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], heads: int
+) -> None:
+    """Their labels are better than chance, and are there until the end, beside those of the newest round."""
+    workspace.configure(**{**WHOLE, "num_epochs": 4})
+    trainer = workspace.make(**prepare(workspace))
+    step, known = trainer.train_step, []
+    trainer.train_step = lambda batch: (known.append(float((batch["label"] >= 0).float().mean())), step(batch))[1]
+    workspace.interrupted(3, trainer)
+    assert len(known) == 6 and min(known) > 0.2, "only what lies beyond the scans is not known"
+    assert trainer._scan_labels.files.rounds() == [0, 2] and trainer._scan_labels.atlases == [EXEMPLAR["case"]]
+    first = Path(trainer.output_folder) / "scan_labels" / "epoch_0"
+    assert sorted(path.stem for path in first.iterdir()) == UNLABELLED
+    for case in UNLABELLED:
+        labels, size = np.load(first / f"{case}.npy"), workspace.image(case).shape[1:]
+        assert labels.dtype == np.int8 and labels.shape == ((heads, *size) if heads else size)
+    logged = logs(trainer)
+    assert logged["scan_label_dice/mean"][0] > 0.4 and np.isnan(logged["scan_label_dice/mean"][1])
+    assert logged["loss/image"][0] > 0 and logged["loss/feature"][0] > 0, "the consistency terms do not wait"
+    assert "registration" in next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"exemplar": [EXEMPLAR]}, {"scan_labels": {"at": [0.5], "atlases": 0}}, {"scan_labels": {"at": []}}],
+    ids=["one slice", "off", "no labels at all"],
+)
+def test_where_nothing_is_registered(workspace: Workspace, config: dict[str, Any]) -> None:
+    workspace.configure(**{**WHOLE, **config, "num_epochs": 3})
+    trainer = workspace.make()
+    begun: list[Any] = []
+    step = trainer.train_step
+    trainer.train_step = lambda batch: (begun.append("label" in batch and bool((batch["label"] >= 0).any())), step(batch))[1]
+    workspace.interrupted(1, trainer)
+    assert begun == [False, False] and not (folder(workspace) / "epoch_0").exists()
+    assert trainer._objective.config.competence and trainer._objective.config.image.start > 0 and trainer._objective.joining == 0
+    assert "registration" not in next(workspace.fold().glob("training_log_*.txt")).read_text()
+
+
+def test_volumes_of_cubic_voxels_have_labels_by_registration(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places do not count there, and nothing grows."""
+    monkeypatch.setattr(rounds, "is_planar", lambda spacing: False)
+    monkeypatch.setattr(rounds, "grow", lambda *_: pytest.fail("registration tells how large organs are"))
+    workspace.configure(**WHOLE)
+    trainer = workspace.train(**in_three_dimensions(workspace))
+    assert np.isfinite(logs(trainer)["scan_label_dice/mean"]).all() and trainer._scan_labels.refinement.places is None
+
+
+def test_a_few_volumes_are_enough(workspace: Workspace) -> None:
+    whole = [{"case": case} for case in TRAINING[:3]]
+    workspace.configure(**{**WHOLE, "exemplar": whole, "scan_labels": {"at": [0.5], "atlases": 2}})
+    trainer = workspace.make()
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert trainer._scan_labels.atlases == rounds.chosen(TRAINING[:3], 2)
+
+
+def test_members_that_are_sure_overrule_the_volumes(workspace: Workspace) -> None:
+    """Where they are not, the volumes decide; what these do not know is the members' alone."""
+    config = {**AS_PREDICTED, "places": False}
+    workspace.configure(**{**WHOLE, "scan_labels": config})
+    trainer = workspace.make()
+    trainer.initialize()
+    trainer.get_dataloaders()
+    shape = 1, 1, 40, 40
+    probabilities = torch.full((4, *shape[1:]), 1e-4)
+    probabilities[1, ..., :20], probabilities[0, ..., :20] = 0.99, 0.01
+    probabilities[1, ..., 20:], probabilities[2, ..., 20:] = 0.55, 0.45
+    known = np.full(shape[1:], 2, dtype=np.int8)
+    known[:, 20:] = -1
+    labels = trainer._scan_labels._labels_of(probabilities.log(), torch.zeros(shape), None, known)
+    assert (labels[..., :20] == 1).all() and (labels[:, :20, 20:] == 2).all() and (labels[:, 20:, 20:] == 1).all()
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+def test_a_continued_training_with_annotated_volumes(workspace: Workspace, lost: bool) -> None:
+    workspace.configure(**{**WHOLE, "num_epochs": 3})
+    unbroken = workspace.train()
+    broken_off(workspace, "broken")
+    workspace.interrupted(1)
+    if lost:
+        for path in (folder(workspace) / "epoch_0").iterdir():
+            path.unlink()
+        (folder(workspace) / "epoch_0").rmdir()
+    scatter()
+    resumed = workspace.resume()
+    resumed.run_training()
+    assert same_weights(weights(resumed), weights(unbroken))
+
+
+def test_a_label_of_volumes_that_is_damaged(workspace: Workspace) -> None:
+    workspace.configure(**WHOLE)
+    workspace.interrupted(1)
+    (folder(workspace) / "epoch_0" / f"{UNLABELLED[0]}.npy").write_bytes(b"no array")
+    with pytest.raises(CMEMSError, match=r"epoch_0.*cannot be read.*delete the folder .*scan_labels and continue with --c"):
+        workspace.resume().run_training()
+
+
+def test_passes_of_the_earlier_consistency_are_counted(workspace: Workspace) -> None:
+    workspace.configure(**WHOLE)
+    trainer = workspace.train()
+    config, batches = trainer._objective.config, trainer._objective.batches
+    more = passes_per_step(config, batches) - passes_per_step(trainer.config, batches)
+    steps = trainer.num_epochs * trainer.num_iterations_per_epoch
+    assert logs(trainer)["scan_label_passes"][0] == pytest.approx(steps * more) and more > 0
 
 
 # ------------------------------------------------------------------ predictions
@@ -637,6 +756,24 @@ def test_with_labels_the_terms_are_those_of_a_teacher_who_says_them(d: int) -> N
     mixed = terms([certain(1, d=d), certain(1, d=d)], half)
     for name, value in terms([one, one], None).items():
         torch.testing.assert_close(mixed[name], value)
+
+
+@DIMENSIONS
+def test_what_has_no_label_joins_later(d: int) -> None:
+    """Where scans have labels from the first step on, the others wait until members know their organs."""
+    made = objective(CALM, d)
+    made.joining = 0.5
+    unlabelled, pupil = torch.randn(2, 1, *[8] * d), [torch.randn(2, 3, *[8] * d) for _ in range(2)]
+
+    def terms(progress: float, second: int) -> dict[str, Tensor]:
+        labels = torch.zeros(2, *[8] * d, dtype=torch.int8)
+        labels[1] = second
+        torch.manual_seed(0)
+        return made(FakeNetwork([certain(1, d=d), certain(1, d=d)], pupil, pupil), unlabelled, progress, None, labels).terms
+
+    for name in ("image", "feature"):
+        torch.testing.assert_close(terms(0.6, -1)[name], terms(0.4, 1)[name])
+        assert terms(0.4, -1)[name] < terms(0.6, -1)[name]
 
 
 def test_statistics_stay_the_networks() -> None:

@@ -372,6 +372,17 @@ def read_case_image(case: str, dataset: PreprocessedDataset) -> np.ndarray:
     return image
 
 
+def load_volume(case: str, dataset: PreprocessedDataset) -> tuple[np.ndarray, np.ndarray]:
+    """The whole preprocessed image of a case, float32 (C, Z, Y, X), and its label, int16 (Z, Y, X), -1 where it is not annotated.
+
+    Raises:
+        CMEMSError: a file is missing or unreadable, the image has NaN or infinite values, or the two differ in shape.
+    """
+    image, label = read_case_image(case, dataset), _read_label(case, slice(None), dataset)
+    _check_shapes(ExemplarSpec(case), image, label, dataset)
+    return image, _without_ignore(label, dataset)
+
+
 def _slices_of(case: str, dataset: PreprocessedDataset) -> list[ExemplarSpec]:
     """The annotated slices of a case that survive nnU-Net's cropping."""
     first, stop = _check_slices(case, read_properties(case, dataset), dataset)

@@ -53,6 +53,24 @@ class ScanLabelFiles:
             if name not in kept:
                 shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
 
+    def whole(self, case: str, epoch: int) -> np.ndarray:
+        """A case's labels of a round, int8 (Z, Y, X) or (R, Z, Y, X).
+
+        Raises:
+            CMEMSError: the file is missing or damaged.
+        """
+        path = os.path.join(self.round_folder(epoch), f"{case}.npy")
+        try:
+            labels: np.ndarray = np.load(path)
+        except Exception as error:
+            raise self._damaged(path, error) from error
+        return labels
+
+    def _damaged(self, path: str, error: Exception) -> CMEMSError:
+        return CMEMSError(
+            f"{path} cannot be read ({first_line(error)}); delete the folder {self.folder} and continue with --c, which makes it again."
+        )
+
     def crop(self, case: str, box: Sequence[Sequence[int]]) -> np.ndarray:
         """A case's newest labels within ((z), y, x) ranges, int8 of the ranges' shape, regions first; -1 where nothing is known.
 
@@ -70,7 +88,5 @@ class ScanLabelFiles:
         except FileNotFoundError:  # not among the scans that get labels, or the round has just been removed for a newer one
             pass
         except Exception as error:  # damaged files raise nearly anything
-            raise CMEMSError(
-                f"{path} cannot be read ({first_line(error)}); delete the folder {self.folder} and continue with --c, which makes it again."
-            ) from error
+            raise self._damaged(path, error) from error
         return np.full([*heads, *(high - low for low, high in box)], UNKNOWN, np.int8)

@@ -111,6 +111,7 @@ class Objective:
         supervised_weights: weights of the supervised cross-entropy at a fraction of the training, or None.
         pseudo_weights: weights of the consistency's cross-entropy, from ``space``, or None.
         autocast: makes the context in which the networks run.
+        joining: share of the training after which unlabelled places without a label from elsewhere count in the consistency terms.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Objective:
         supervised_weights: Callable[[float], Tensor] | None,
         pseudo_weights: Tensor | None,
         autocast: Callable[[], AbstractContextManager[Any]],
+        joining: float = 0.0,
     ) -> None:
         self.config = config
         self.bank = bank
@@ -130,6 +132,7 @@ class Objective:
         self.supervised_weights = supervised_weights
         self.pseudo_weights = pseudo_weights
         self.autocast = autocast
+        self.joining = joining
         self.dropout = ChannelDropout(config.feature_perturbation)
 
     def __call__(
@@ -180,6 +183,8 @@ class Objective:
             statistics = unlabelled_statistics(decided, self.space)
             for i, output in enumerate(outputs):
                 taught = self._taught(probabilities, decided, i)
+                if progress < self.joining:
+                    taught = PseudoLabel(taught.labels, torch.zeros_like(taught.confident))
                 if given is not None:
                     taught = known_first(given, taught)
                 if output.strong is not None:

@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_cmems.method.boxes import surroundings
+from nnunetv2_cmems.method.demons import demons, matched, resampled, shrunk
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
 
@@ -137,45 +137,15 @@ def _deformation(fixed: np.ndarray, moving: np.ndarray) -> sitk.Transform:
     target, source = (sitk.GetImageFromArray(image) for image in (fixed, moving))
     if fixed.min() == fixed.max() or moving.min() == moving.max():
         return sitk.Transform(2, sitk.sitkIdentity)
-    source = _alone(sitk.HistogramMatchingImageFilter(), NumberOfHistogramLevels=64, NumberOfMatchPoints=7).Execute(source, target)
-    demons = _alone(
-        sitk.FastSymmetricForcesDemonsRegistrationFilter(),
-        NumberOfIterations=_ITERATIONS, StandardDeviations=_SMOOTHNESS, SmoothDisplacementField=True,
-    )  # fmt: skip
+    source = matched(source, target)
     side = max(fixed.shape)
     lowest, highest = (max(0, round(math.log2(side / voxels))) for voxels in (_COARSEST, _FINEST))
-    field: sitk.Image | None = None
-    for halvings in range(lowest, highest - 1, -1):
-        coarse = [_shrunk(image, 2**halvings) for image in (target, source)]
-        field = demons.Execute(*coarse) if field is None else demons.Execute(*coarse, _resampled(field, coarse[0]))
-    assert field is not None
-    return sitk.DisplacementFieldTransform(sitk.Cast(_resampled(field, target), sitk.sitkVectorFloat64))
-
-
-def _alone(work: Any, **settings: Any) -> Any:
-    """A filter of SimpleITK with its settings, in this thread: scans are worked on side by side, and slices are small."""
-    work.SetNumberOfThreads(1)
-    for name, value in settings.items():
-        getattr(work, f"Set{name}")(value)
-    return work
-
-
-def _resampled(image: sitk.Image, like: sitk.Image, deformation: sitk.Transform | None = None) -> sitk.Image:
-    work = _alone(sitk.ResampleImageFilter(), ReferenceImage=like)
-    if deformation is not None:
-        work.SetTransform(deformation)
-    return work.Execute(image)
-
-
-def _shrunk(image: sitk.Image, factor: int) -> sitk.Image:
-    if factor == 1:
-        return image
-    smooth = _alone(sitk.DiscreteGaussianImageFilter(), Variance=(0.42 * factor) ** 2).Execute(image)
-    return sitk.Shrink(smooth, [factor] * 2)
+    levels = [(shrunk(target, [2**halvings] * 2), shrunk(source, [2**halvings] * 2)) for halvings in range(lowest, highest - 1, -1)]
+    return demons(levels, _ITERATIONS, _SMOOTHNESS)
 
 
 def _moved(probabilities: np.ndarray, deformation: sitk.Transform) -> np.ndarray:
     """(Y, X), 0 beyond the border."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(probabilities, dtype=np.float32))
-    moved: np.ndarray = sitk.GetArrayFromImage(_resampled(image, image, deformation))
+    moved: np.ndarray = sitk.GetArrayFromImage(resampled(image, image, deformation))
     return moved

@@ -151,14 +151,16 @@ def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stu
         "none": {"scan_labels": {"at": []}},
         "as predicted": {
             "scan_labels": {
-                "places": False, "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False,
+                "atlases": 0, "places": False, "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0,
+                "largest_piece": False,
             }
         },
-        "refined": {"scan_labels": {"places": False, "propagation": 0.0, "growth": 0.0}},
-        "refined and grown": {"scan_labels": {"places": False, "propagation": 0.0}},
-        "with propagation": {"scan_labels": {"places": False}},
-        "with places": {},
-    }
+        "refined": {"scan_labels": {"atlases": 0, "places": False, "propagation": 0.0, "growth": 0.0}},
+        "refined and grown": {"scan_labels": {"atlases": 0, "places": False, "propagation": 0.0}},
+        "with propagation": {"scan_labels": {"atlases": 0, "places": False}},
+        "with places": {"scan_labels": {"atlases": 0}},
+        "with atlases": {},
+    }  # fmt: skip
     question = "Should the members label whole scans, and what should happen to these labels?"
     return _of_config(grid, "scan_labels", question, {value: known[value] for value in _names("scan_labels", values, list(known))})
 

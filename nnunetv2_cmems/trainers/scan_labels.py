@@ -1,9 +1,9 @@
-"""Labels of whole unlabelled scans, made by the members in the middle of a training.
+"""Labels of whole unlabelled scans, made before a training by registration of annotated volumes, and by the members in its midst.
 
-A round is: predict each scan, keep organs to their places, carry the prediction from slices that members agree on to the others, refine
-it by the scan's own grey values, keep the largest pieces, write the labels down. From the next batch on the loader hands them out. No
-random numbers are drawn, and what was made for later epochs than those that a checkpoint has behind it is made again, so that a training
-that goes on ends as one without a break.
+A round of the members is: predict each scan, keep organs to their places, carry the prediction from slices that members agree on to the
+others, take the mean with what annotated volumes say, refine it by the scan's own grey values, keep the largest pieces, write the labels
+down. From the next batch on the loader hands them out. No random numbers are drawn, and what was made for later epochs than those that a
+checkpoint has behind it is made again, so that a training that goes on ends as one without a break.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunetv2_cmems.config import ScanLabelsConfig
-from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset
+from nnunetv2_cmems.config import CMEMSConfig, ScanLabelsConfig
+from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset, load_volume
 from nnunetv2_cmems.data.planes import FEWEST_OF_A_VOLUME
-from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
+from nnunetv2_cmems.data.scan_labels import UNKNOWN, ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
+from nnunetv2_cmems.method.atlas import Atlas, carried
 from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.growth import borders_on_background, grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
-from nnunetv2_cmems.method.objective import overlap
+from nnunetv2_cmems.method.objective import batch_sizes, overlap, passes_per_step
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
@@ -51,6 +52,9 @@ as the largest are kept. A whole annotated volume says how many there are."""
 
 MOST_THREADS = 4
 """That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
+
+SHARE_OF_ATLASES = 0.45
+"""Weight of the labels that annotated volumes give by registration, beside what the members say: members that are sure overrule them."""
 
 CONFIDENCE_IN_GROWTH = 0.7
 """Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
@@ -76,17 +80,22 @@ class ScanLabels:
         volumes, some = whole_volumes(trainer.exemplars, dataset), painted_slices(trainer.exemplars, dataset)
         single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
         resampled = len(trainer.configuration_manager.patch_size) == 3
-        places = Places.of(volumes, some, self._space, not resampled) if self._config.places else None
+        self._planar = is_planar(trainer.configuration_manager.spacing)
+        self.atlases = atlas_cases(trainer.exemplars, dataset, self._config)
+        self._dataset = dataset
+        # windows in space show where they are
+        placed = self._config.places and (self._planar or self._config.in_space)
+        places = Places.of(volumes, some, self._space, not resampled) if placed else None
         self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE, places)
         # what networks say at the end of a training is more exact than what they say in its midst
         finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
         self.prediction_refinement = dataclasses.replace(self.refinement, config=finer)
         self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
-        self._planar = is_planar(trainer.configuration_manager.spacing)
-        self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
+        # registration tells how large an organ is
+        self._reach = 0.0 if self.atlases else self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
-        self.begins = starts(self._config, trainer.num_epochs)
+        self.begins = [*([0] if self.atlases else []), *starts(self._config, trainer.num_epochs)]
 
     def before_epoch(self, trainer: Any) -> None:
         """Make a round where one begins with this epoch, or where the one that counts now is lost.
@@ -103,7 +112,7 @@ class ScanLabels:
         elif len(there) > 1 and not trainer.local_rank:
             # a training that is killed goes on from a checkpoint that may be older than a round, and then needs the one before
             if resume.epochs_done(os.path.join(trainer.output_folder, "checkpoint_latest.pth")) >= there[-1]:
-                self.files.keep(there[-1:])
+                self.files.keep({*there[-1:], *self.begins[: 1 if self.atlases else 0]})  # what atlases say counts in each round
 
     def rehearse(self, trainer: Any) -> None:
         """Predict a window of nothing, for which a compiled network is compiled then."""
@@ -113,43 +122,76 @@ class ScanLabels:
             predict_like_folds(predictor, image)
 
     def _make(self, trainer: Any, begin: int) -> None:
+        """The round that counts from an epoch on; before it that of the atlases, which it needs, where this is lost."""
+        if self.atlases and begin and 0 not in self.files.rounds():
+            distributed.wait_for_all()  # every process has looked
+            self._make(trainer, 0)
+        if self.atlases and not begin:
+            atlases = [Atlas(*load_volume(case, self._dataset)) for case in self.atlases]
+
+            def carry(case: str) -> tuple[str, np.ndarray]:
+                return case, self._carried(atlases, torch.from_numpy(read_image(case, self._cases[case])))
+
+            self._write(trainer, 0, self._my_cases(trainer), carry, "Registering annotated volumes onto unlabelled scans")
+            trainer.history.add({"scan_label_passes": trainer.num_epochs * trainer.num_iterations_per_epoch * earlier_passes(trainer)}, 0)
+            return
+        patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
+
+        def label(prediction: tuple[str, Tensor, Tensor | None, Tensor]) -> tuple[str, np.ndarray]:
+            case, logits, agreement, image = prediction
+            known = self.files.whole(case, 0) if self.atlases else None
+            return case, self._labels_of(logits, image, agreement, known)
+
+        with predicting(trainer, mirroring=False) as predictor:
+            predicted = (self._predict(case, predictor) for case in self._my_cases(trainer))
+            self._write(trainer, begin, predicted, label, "Labelling whole unlabelled scans")
+        windows = sum(count_windows(open_image(case, dataset).shape[1:], patch) for case, dataset in self._cases.items())
+        trainer.history.add({"scan_label_passes": members * windows}, trainer.current_epoch)
+
+    def _my_cases(self, trainer: Any) -> list[str]:
+        """This process's."""
+        return list(self._cases)[trainer.local_rank :: distributed.count_processes()]
+
+    def _write(
+        self, trainer: Any, begin: int, items: Iterable[Item], labelled: Callable[[Item], tuple[str, np.ndarray]], what: str
+    ) -> None:
+        """Make and write the labels of a round, a scan for each item, and log how good they are where that is known."""
         start = time.monotonic()
         target = self.files.round_folder(begin)
         temporary = f"{target}.tmp"
         if not trainer.local_rank:
             shutil.rmtree(temporary, ignore_errors=True)
         distributed.wait_for_all()
-        mine = list(self._cases)[trainer.local_rank :: distributed.count_processes()]
         scores: list[np.ndarray] = []
-        patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
-        with predicting(trainer, mirroring=False) as predictor:
-            predicted = (self._predict(case, predictor) for case in mine)
 
-            def finish(prediction: tuple[str, Tensor, Tensor | None, Tensor]) -> list[np.ndarray]:
-                case, logits, agreement, image = prediction
-                labels = self._labels_of(logits, image, agreement)
-                _save(temporary, case, labels)
-                if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
-                    return _hidden_dice(case, self._cases[case], labels, self._space)
-                return []
+        def finish(item: Item) -> list[np.ndarray]:
+            case, labels = labelled(item)
+            _save(temporary, case, labels)
+            if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
+                return _hidden_dice(case, self._cases[case], labels, self._space)
+            return []
 
-            bar = tqdm(total=len(mine), desc="Labelling whole unlabelled scans", disable=trainer.local_rank > 0)
-            with bar:
-                for found in in_threads(finish, predicted, min(MOST_THREADS, get_allowed_n_proc_DA())):
-                    scores += found
-                    bar.update()
+        with tqdm(total=len(self._my_cases(trainer)), desc=what, disable=trainer.local_rank > 0) as bar:
+            for found in in_threads(finish, items, min(MOST_THREADS, get_allowed_n_proc_DA())):
+                scores += found
+                bar.update()
         scores = distributed.gathered(scores)  # and with that every process has written its part
         if not trainer.local_rank:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
         distributed.wait_for_all()
-        windows = sum(count_windows(open_image(case, dataset).shape[1:], patch) for case, dataset in self._cases.items())
-        trainer.history.add({"scan_label_passes": members * windows}, trainer.current_epoch)
         if scores:
             means = [column[~np.isnan(column)].sum() / max(1, (~np.isnan(column)).sum()) for column in np.stack(scores, 1)]
             names = [f"scan_label_dice/{name}" for name in (*self._space.names, "mean")]
             trainer.history.add(dict(zip(names, [*means, np.mean(means)])), trainer.current_epoch)
-        trainer.print_to_log_file(f"Labelled {len(self._cases)} whole unlabelled scans in {time.monotonic() - start:.0f} s")
+        trainer.print_to_log_file(f"{what}: {len(self._cases)} in {time.monotonic() - start:.0f} s")
+
+    @torch.inference_mode()
+    def _carried(self, atlases: Sequence[Atlas], image: Tensor) -> np.ndarray:
+        """What annotated volumes say about a scan, refined: int8 in head space, -1 where they know nothing."""
+        probabilities, known = carried(atlases, image, self._space)
+        labels = self.refinement.labels(probabilities, image, self._space, self._planar)
+        return labels.masked_fill(~known, UNKNOWN).numpy()
 
     @torch.inference_mode()
     def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor | None, Tensor]:
@@ -158,16 +200,27 @@ class ScanLabels:
         return case, *predict_for(self.refinement, predictor, image, self._space, self._planar), image
 
     @torch.inference_mode()
-    def _labels_of(self, logits: Tensor, image: Tensor, agreement: Tensor | None = None) -> np.ndarray:
-        """int8 in head space, (Z, Y, X) or (R, Z, Y, X). Only the surroundings of what may be foreground are worked on."""
+    def _labels_of(self, logits: Tensor, image: Tensor, agreement: Tensor | None = None, known: np.ndarray | None = None) -> np.ndarray:
+        """int8 in head space, (Z, Y, X) or (R, Z, Y, X). Only the surroundings of what may be foreground are worked on.
+
+        ``known``, of the same shape, is what annotated volumes say, -1 where they know nothing.
+        """
         whole = torch.zeros(image.shape[1:] if self.files.regions == 0 else logits.shape, dtype=torch.int8)
         margin = max(self.refinement.margin(agreement), math.ceil(self._reach)) + 2
-        box = surroundings(self._space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if self._planar else margin, margin, margin])
+        somewhere = self._space.foreground_logits(logits[None])[0] > LEAST_LOGIT
+        said = None if known is None else torch.from_numpy(known)
+        if said is not None:
+            somewhere |= said.reshape(-1, *said.shape[-3:]).amax(0) > 0
+        box = surroundings(somewhere, [0 if self._planar else margin, margin, margin])
         if box is None:
             return whole.numpy()
         logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
         probabilities = self._space.probabilities(logits[None])[0]
         probabilities = self.refinement.settled(probabilities, image, agreement, box[0], self._space)
+        if said is not None:
+            said = said[(*[slice(None)] * (said.ndim - 3), *box)]
+            heads = self._space.certain(said.clamp_min(0)[None])[0]
+            probabilities = torch.where(said >= 0, torch.lerp(probabilities, heads, SHARE_OF_ATLASES), probabilities)
         labels = self.refinement.labels(probabilities, image, self._space, self._planar)
         if self._reach > 0 and any(self._open):
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
@@ -215,6 +268,27 @@ def whole_volumes(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -
     return found
 
 
+def atlas_cases(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset, config: ScanLabelsConfig) -> list[str]:
+    """The wholly annotated cases that are registered onto the scans; none where no scan is to have labels."""
+    if not config.at or not config.atlases:
+        return []
+    whole = [exemplar.case for exemplar in exemplars if exemplar.index is None and exemplar.plane is None]
+    whole += [case for case, slices in _slices_of_cases(exemplars).items() if _is_whole(slices, case, dataset)]
+    return chosen(whole, config.atlases)
+
+
+def from_the_start(config: CMEMSConfig) -> CMEMSConfig:
+    """The config of a training whose scans have labels before the first step: the consistency terms need not wait for the members."""
+    image, feature = (dataclasses.replace(term, start=0.0, rampup=0.0) for term in (config.image, config.feature))
+    return dataclasses.replace(config, image=image, feature=feature, competence=False)
+
+
+def earlier_passes(trainer: Any) -> float:
+    """Passes of the networks that a step takes more for it, the mean over the training."""
+    batches = batch_sizes(trainer.config, trainer.configuration_manager.batch_size)
+    return passes_per_step(from_the_start(trainer.config), batches) - passes_per_step(trainer.config, batches)
+
+
 def painted_slices(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[dict[int, np.ndarray]]:
     """The label maps (Y, X) of the cases of which several slices are annotated, but not the whole, by their index along the slice axis."""
     cases = _slices_of_cases(exemplars)
@@ -249,11 +323,20 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"labels of whole scans ('scan_labels.at') need 'consistency' to be \"pseudo_label\", but it is \"{config.consistency}\" "
             f"({trainer._config_source}); change it, or set 'scan_labels.at' to []."
         )
-    wanted = bool(starts(config.scan_labels, trainer.num_epochs)) and config.uses_unlabelled and bool(cases)
-    if wanted and not config.scan_labels.in_space and not is_planar(trainer.configuration_manager.spacing):
-        trainer.print_to_log_file("No labels of whole scans: voxels are not much thicker than wide, and 'scan_labels.in_space' is off.")
+    wanted = bool(config.scan_labels.at) and config.uses_unlabelled and bool(cases)
+    atlases = atlas_cases(trainer.exemplars, trainer.preprocessed_dataset(), config.scan_labels) if wanted else []
+    if wanted and not (atlases or config.scan_labels.in_space or is_planar(trainer.configuration_manager.spacing)):
+        trainer.print_to_log_file(
+            "No labels of whole scans: no volume is annotated as a whole, voxels are not much thicker than wide, and "
+            "'scan_labels.in_space' is off."
+        )
         wanted = False
-    made = ScanLabels(trainer, cases) if wanted else None
+    if atlases:
+        trainer.print_to_log_file(
+            f"Labels of {', '.join(atlases)} are carried onto unlabelled scans by registration, before the first step; for what may lie "
+            "anywhere, such as lesions, switch 'scan_labels.atlases' to 0."
+        )
+    made = ScanLabels(trainer, cases) if wanted and (atlases or starts(config.scan_labels, trainer.num_epochs)) else None
     if made is not None and made.refinement.places is not None:
         trainer.print_to_log_file(
             "In unlabelled scans and in predictions organs are looked for where the annotated volumes show them, seen from their common "

@@ -1,0 +1,140 @@
+"""Labels of an annotated volume, carried onto other scans by registration.
+
+Scans of one kind show the same organs in about the same arrangement. A deformation that makes the annotated volume look like another scan
+brings its labels along: atlas-based segmentation. What it knows, the grey values of whole volumes and that organs keep their arrangement,
+is not what networks know that have learned from one volume, so each corrects the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from torch import Tensor
+
+from nnunetv2_cmems.method.demons import blurred, demons, in_this_thread, matched, resampled, shrunk
+from nnunetv2_cmems.method.label_space import LabelSpace, Regions
+
+_COARSEST = 32  # about so many voxels along the longest side at the lowest resolution
+_FINEST = 128  # and at the highest: deformations are smooth
+_FEWEST = 16  # voxels that a side keeps when it is shrunk
+_ITERATIONS = 40  # of the demons, at each resolution
+_SMOOTHNESS = 0.7  # sigma, in voxels, of the blur of displacements after each iteration
+_LINEAR_ITERATIONS = 80
+_LINEAR_STEPS = 2.0, 0.05  # of the gradient descent, in voxels: the first, and the one that ends it
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """A wholly annotated volume.
+
+    Attributes:
+        image: preprocessed, float32 (C, Z, Y, X).
+        label: label map, integers (Z, Y, X); negative where nothing is annotated.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+@torch.no_grad()
+def carried(atlases: Sequence[Atlas], image: Tensor, space: LabelSpace) -> tuple[Tensor, Tensor]:
+    """What atlases say about a scan: their labels, deformed onto it.
+
+    Each atlas is aligned in three ways: image middle on image middle; and from there by the similarity and by the affine transform that
+    gives the best correlation of grey values. From each of these start demons (Thirion, Medical Image Analysis 2, 1998; with the symmetric
+    forces of Vercauteren et al., MICCAI 2007), after matching of the histograms, from coarse to fine, on the mean of the channels. Which of
+    them ends best cannot be told; their mean is about as good as the best. No random numbers are drawn.
+
+    Args:
+        atlases: one or more.
+        image: (C, Z, Y, X), the preprocessed scan.
+        space: what the networks' heads mean.
+
+    Returns:
+        Probabilities (K, Z, Y, X) of the classes, the background first, or (R, Z, Y, X) of the regions, the mean over alignments and
+        atlases; and where most of these know anything, bool (Z, Y, X).
+    """
+    grey = _grey(image.numpy())
+    masks: list[np.ndarray] | None = None
+    known, total = np.zeros(image.shape[1:], np.float32), 0
+    for atlas in atlases:
+        moving = _grey(atlas.image)
+        for deformation in _deformations(grey, moving):
+            total += 1
+            # one alignment at a time: volumes are large
+            moved = [_moved(mask, deformation, grey) for mask in _masks(atlas.label, space)]
+            masks = moved if masks is None else [sum_ + mask for sum_, mask in zip(masks, moved)]
+            known += 1.0 if (atlas.label >= 0).all() else _moved(atlas.label >= 0, deformation, grey, beyond=1.0)
+    assert masks is not None
+    organs = np.stack(masks) / total
+    if not isinstance(space, Regions):
+        organs = np.concatenate([np.clip(1 - organs.sum(0, keepdims=True), 0, 1), organs])
+    return torch.from_numpy(organs), torch.from_numpy(known > total / 2)
+
+
+def _grey(image: np.ndarray) -> sitk.Image:
+    """(C, Z, Y, X) to an image whose places are voxels."""
+    return sitk.GetImageFromArray(np.ascontiguousarray(image.mean(0), dtype=np.float32))
+
+
+def _masks(label: np.ndarray, space: LabelSpace) -> Iterator[np.ndarray]:
+    target = space.target(torch.from_numpy(np.asarray(label, dtype=np.int64))[None])
+    return (mask[0].numpy() for mask in space.masks(target))
+
+
+def _moved(mask: np.ndarray, deformation: sitk.Transform, like: sitk.Image, beyond: float = 0.0) -> np.ndarray:
+    """A mask (Z, Y, X) on the grid of another image, float32, ``beyond`` outside of the mask's image."""
+    moved: np.ndarray = sitk.GetArrayFromImage(
+        resampled(sitk.GetImageFromArray(np.ascontiguousarray(mask, dtype=np.float32)), like, deformation, beyond)
+    )
+    return moved
+
+
+def _deformations(fixed: sitk.Image, moving: sitk.Image) -> Iterator[sitk.Transform]:
+    """From places of the fixed image to those of the moving one, for each alignment."""
+    finest, coarsest = (max(0, round(math.log2(max(fixed.GetSize()) / voxels))) for voxels in (_FINEST, _COARSEST))
+    least = float(sitk.GetArrayViewFromImage(moving).min())
+    small = shrunk(fixed, _factors(fixed, coarsest))
+    soft = blurred(moving, _factors(moving, coarsest))  # not shrunk: it is looked at between its voxels
+    middle = sitk.CenteredTransformInitializer(fixed, moving, sitk.Euler3DTransform(), sitk.CenteredTransformInitializerFilter.GEOMETRY)
+    target = shrunk(fixed, _factors(fixed, finest))
+    for kind in (None, sitk.Similarity3DTransform, sitk.AffineTransform):
+        alignment = middle if kind is None else _aligned(small, soft, kind, middle)
+        if alignment is None:
+            continue
+        near = matched(resampled(moving, target, alignment, least), target)
+        factors = [_factors(target, halvings) for halvings in range(coarsest - finest, -1, -1)]
+        levels = [(shrunk(target, each), shrunk(near, each)) for each in factors]
+        bent = demons(levels, _ITERATIONS, _SMOOTHNESS)
+        yield sitk.CompositeTransform([alignment, bent])
+
+
+def _factors(image: sitk.Image, halvings: int) -> list[int]:
+    """By how much each side is shrunk; short ones, such as across thick slices, by less."""
+    return [2 ** min(halvings, max(0, int(math.log2(side / _FEWEST)))) for side in image.GetSize()]
+
+
+def _aligned(fixed: sitk.Image, moving: sitk.Image, kind: type[Any], start: Any) -> sitk.Transform | None:
+    """The transform of a kind with the best correlation; None where there is none to be found, as where an image is of one grey."""
+    transform = kind(3) if kind is sitk.AffineTransform else kind()  # the registration changes it
+    transform.SetCenter(start.GetCenter())
+    transform.SetTranslation(start.GetTranslation())
+    work = in_this_thread(sitk.ImageRegistrationMethod())
+    work.SetMetricAsCorrelation()
+    work.SetMetricSamplingStrategy(work.NONE)
+    work.SetInterpolator(sitk.sitkLinear)
+    work.SetOptimizerAsRegularStepGradientDescent(*_LINEAR_STEPS, _LINEAR_ITERATIONS)
+    work.SetOptimizerScalesFromPhysicalShift()
+    work.SetInitialTransform(transform, True)
+    try:
+        work.Execute(fixed, moving)
+    except RuntimeError:  # the images do not overlap any more, or have no contrast
+        return None
+    found: sitk.Transform = transform
+    return found
