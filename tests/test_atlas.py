@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,13 @@ from torch import Tensor
 
 from nnunetv2_cmems.method.atlas import Atlas, carried
 from nnunetv2_cmems.method.label_space import LabelSpace
+
+
+def says(atlases: list[Atlas], scan: np.ndarray, space: LabelSpace = CLASSES) -> tuple[Tensor, Tensor]:
+    found = carried(atlases, torch.from_numpy(scan).float(), space)
+    assert found is not None
+    return found
+
 
 SPACES = pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
 SHAPE = 20, 44, 48
@@ -38,7 +46,7 @@ def test_labels_come_along(space: LabelSpace) -> None:
     """To a scan of another size, whose organs lie elsewhere, are larger and have other grey values."""
     image, label = body()
     scan, truth = body((24, 52, 50), moved=(1.5, 3.0, -3.0), size=1.2)
-    found, known = carried([Atlas(image, label.numpy())], torch.from_numpy(0.7 * scan + 0.5), space)
+    found, known = says([Atlas(image, label.numpy())], 0.7 * scan + 0.5, space)
     assert found.shape == (len(space.names) + (space is CLASSES), 24, 52, 50) and found.dtype == torch.float32
     assert known.shape == truth.shape and known.all()
     assert (found >= 0).all() and (found <= 1 + 1e-6).all()
@@ -50,15 +58,15 @@ def test_labels_come_along(space: LabelSpace) -> None:
 def test_the_organ_on_the_other_side_is_not_taken_for_it() -> None:
     image, label = body()
     scan, truth = body(moved=(0.0, 1.0, 2.0))
-    found, _ = carried([Atlas(image, label.numpy())], torch.from_numpy(scan), CLASSES)
+    found, _ = says([Atlas(image, label.numpy())], scan)
     assert not found[:, ..., 30:].argmax(0).any() and truth.any()
 
 
 def test_several_volumes_are_averaged() -> None:
     atlases = [Atlas(image, label.numpy()) for image, label in (body(), body(size=0.9))]
-    scan = torch.from_numpy(body(moved=(0.0, 1.0, 1.0))[0])
-    alone = [carried([atlas], scan, CLASSES)[0] for atlas in atlases]
-    torch.testing.assert_close(carried(atlases, scan, CLASSES)[0], (alone[0] + alone[1]) / 2)
+    scan = body(moved=(0.0, 1.0, 1.0))[0]
+    alone = [says([atlas], scan)[0] for atlas in atlases]
+    torch.testing.assert_close(says(atlases, scan)[0], (alone[0] + alone[1]) / 2)
 
 
 @SPACES
@@ -66,43 +74,55 @@ def test_what_is_not_annotated_stays_unknown(space: LabelSpace) -> None:
     image, label = body()
     partly = label.numpy().copy()
     partly[:, :, 36:] = -1
-    found, known = carried([Atlas(image, partly)], torch.from_numpy(image), space)
+    found, known = says([Atlas(image, partly)], image, space)
     assert known[..., :34].all() and not known[2:-2, 4:-4, 38:-4].any()
     assert min(dice(found, label, space)) > 0.9
 
 
 def test_it_is_the_same_in_every_thread() -> None:
     image, label = body()
-    scans = [torch.from_numpy(body(moved=(0, 0, shift))[0]) for shift in (1.0, 2.0)]
-    alone = [carried([Atlas(image, label.numpy())], scan, CLASSES)[0] for scan in scans]
+    scans = [body(moved=(0, 0, shift))[0] for shift in (1.0, 2.0)]
+    alone = [says([Atlas(image, label.numpy())], scan)[0] for scan in scans]
     with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(lambda scan: carried([Atlas(image, label.numpy())], scan, CLASSES)[0], scans))
+        together = list(pool.map(lambda scan: says([Atlas(image, label.numpy())], scan)[0], scans))
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
 @pytest.mark.parametrize("shape", [(1, 44, 48), (3, 44, 48), (20, 5, 48)])
 def test_scans_of_a_few_slices(shape: tuple[int, int, int]) -> None:
     image, label = body()
-    found, _ = carried([Atlas(image, label.numpy())], torch.from_numpy(body(shape)[0]), CLASSES)
-    assert found.shape == (3, *shape) and found.isfinite().all()
+    found = carried([Atlas(image, label.numpy())], torch.from_numpy(body(shape)[0]), CLASSES)
+    assert found is None or (found[0].shape == (3, *shape) and found[0].isfinite().all())
 
 
-def test_a_scan_of_one_grey_is_left_without_organs_or_gets_them_in_its_middle() -> None:
-    """There is nothing to register; nothing breaks."""
+@pytest.mark.parametrize(
+    ("atlas", "scan"), [(np.ones, body), (body, np.zeros), (body, "noise")], ids=["flat volume", "flat scan", "another organ"]
+)
+def test_what_cannot_be_registered_has_no_labels(atlas: Any, scan: Any) -> None:
+    """There are no grey values to go by, or alignments lead to different places."""
+
+    def image(made: Any) -> np.ndarray:
+        if made is body:
+            return body()[0]
+        return np.random.default_rng(1).normal(size=(1, *SHAPE)) if made == "noise" else made((1, *SHAPE))
+
+    found = carried([Atlas(image(atlas).astype(np.float32), body()[1].numpy())], torch.from_numpy(image(scan)).float(), CLASSES)
+    assert found is None
+
+
+def test_volumes_that_cannot_be_registered_are_left_out() -> None:
+    """The others say what they say without them."""
     image, label = body()
-    found, _ = carried([Atlas(image, label.numpy())], torch.zeros(1, *SHAPE), CLASSES)
-    torch.testing.assert_close(found.argmax(0), label)
-
-
-def test_a_volume_of_one_grey_says_nothing_wrong() -> None:
-    label = body()[1]
-    found, _ = carried([Atlas(np.ones((1, *SHAPE), np.float32), label.numpy())], torch.from_numpy(body()[0]), CLASSES)
-    assert found.isfinite().all()
+    scan = torch.from_numpy(body(moved=(0.0, 1.0, 1.0))[0])
+    good, flat = Atlas(image, label.numpy()), Atlas(np.ones_like(image), label.numpy())
+    alone, together = carried([good], scan, CLASSES), carried([flat, good], scan, CLASSES)
+    assert alone is not None and together is not None
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
 def test_channels_count_together() -> None:
     image, label = body()
     scan = body(moved=(0.0, 1.0, 1.0))[0]
-    one = carried([Atlas(image, label.numpy())], torch.from_numpy(scan), CLASSES)[0]
-    two = carried([Atlas(np.repeat(image, 2, 0), label.numpy())], torch.from_numpy(np.repeat(scan, 2, 0)), CLASSES)[0]
+    one = says([Atlas(image, label.numpy())], scan)[0]
+    two = says([Atlas(np.repeat(image, 2, 0), label.numpy())], np.repeat(scan, 2, 0))[0]
     torch.testing.assert_close(one, two)

@@ -29,7 +29,7 @@ from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset
 from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.method import refinement
+from nnunetv2_cmems.method import atlas, refinement
 from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first, passes_per_step
@@ -261,6 +261,13 @@ LATER = {"start": 0.2, "rampup": 0.3}
 WHOLE: dict[str, Any] = {**ON, "exemplar": [{"case": EXEMPLAR["case"]}], "image": LATER, "feature": LATER}
 
 
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The phantoms are too small to be registered well."""
+    monkeypatch.setattr(atlas, "LEAST_AGREEMENT", 0.0)
+
+
+@pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize(
     ("prepare", "heads"),
     [(lambda workspace: {}, 0), (in_three_dimensions, 0), (with_regions, 3)],
@@ -288,6 +295,12 @@ def test_annotated_volumes_teach_from_the_first_step(
     assert "registration" in next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
 
 
+def plain(trainer: Any) -> bool:
+    """Whether the consistency terms begin as they do where no scan has a label before the members make it."""
+    made = trainer._objective
+    return made.config.competence and made.config.image.start == made.config.feature.start == 0.2 and made.joining == 0
+
+
 @pytest.mark.parametrize(
     "config",
     [{"exemplar": [EXEMPLAR]}, {"scan_labels": {"at": [0.5], "atlases": 0}}, {"scan_labels": {"at": []}}],
@@ -301,10 +314,11 @@ def test_where_nothing_is_registered(workspace: Workspace, config: dict[str, Any
     trainer.train_step = lambda batch: (begun.append("label" in batch and bool((batch["label"] >= 0).any())), step(batch))[1]
     workspace.interrupted(1, trainer)
     assert begun == [False, False] and not (folder(workspace) / "epoch_0").exists()
-    assert trainer._objective.config.competence and trainer._objective.config.image.start > 0 and trainer._objective.joining == 0
+    assert plain(trainer)
     assert "registration" not in next(workspace.fold().glob("training_log_*.txt")).read_text()
 
 
+@pytest.mark.usefixtures("trusting")
 def test_volumes_of_cubic_voxels_have_labels_by_registration(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Places do not count there, and nothing grows."""
     monkeypatch.setattr(rounds, "is_planar", lambda spacing: False)
@@ -312,6 +326,29 @@ def test_volumes_of_cubic_voxels_have_labels_by_registration(workspace: Workspac
     workspace.configure(**WHOLE)
     trainer = workspace.train(**in_three_dimensions(workspace))
     assert np.isfinite(logs(trainer)["scan_label_dice/mean"]).all() and trainer._scan_labels.refinement.places is None
+
+
+@pytest.mark.usefixtures("trusting")
+@pytest.mark.parametrize("in_space", [False, True], ids=["2d", "3d"])
+@pytest.mark.parametrize("fewest", [0.3, 0.4], ids=["enough", "too few"])
+def test_scans_that_cannot_be_registered(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, fewest: float, in_space: bool) -> None:
+    """They are taught as where there is no volume; and so are all, if it is too few that can be."""
+    done = rounds.carried
+    monkeypatch.setattr(rounds, "carried", lambda *given: done(*given) if given[1].sum() == chosen else None)
+    monkeypatch.setattr(rounds, "FEWEST_REGISTERED", fewest)
+    chosen = torch.from_numpy(workspace.image(UNLABELLED[1])).sum()
+    if in_space:
+        monkeypatch.setattr(rounds, "is_planar", lambda spacing: False)
+    workspace.configure(**{**WHOLE, "num_epochs": 4})
+    trainer = workspace.make(**(in_three_dimensions(workspace) if in_space else {}))
+    workspace.interrupted(3, trainer)
+    enough = fewest < 1 / 3
+    assert trainer._scan_labels.files.cases(0) == ({UNLABELLED[1]} if enough else set())
+    assert trainer._scan_labels.files.rounds() == [0, 2] or (in_space and not enough)
+    assert trainer._scan_labels.files.cases(2) == (set() if in_space and not enough else set(UNLABELLED))
+    assert plain(trainer) != enough
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert f"onto 1 of 3 unlabelled scans: {'their' if enough else 'too few'}" in log
 
 
 def test_a_few_volumes_are_enough(workspace: Workspace) -> None:
@@ -340,6 +377,7 @@ def test_members_that_are_sure_overrule_the_volumes(workspace: Workspace) -> Non
     assert (labels[..., :20] == 1).all() and (labels[:, :20, 20:] == 2).all() and (labels[:, 20:, 20:] == 1).all()
 
 
+@pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
 def test_a_continued_training_with_annotated_volumes(workspace: Workspace, lost: bool) -> None:
     workspace.configure(**{**WHOLE, "num_epochs": 3})
@@ -356,6 +394,7 @@ def test_a_continued_training_with_annotated_volumes(workspace: Workspace, lost:
     assert same_weights(weights(resumed), weights(unbroken))
 
 
+@pytest.mark.usefixtures("trusting")
 def test_a_label_of_volumes_that_is_damaged(workspace: Workspace) -> None:
     workspace.configure(**WHOLE)
     workspace.interrupted(1)
@@ -364,6 +403,7 @@ def test_a_label_of_volumes_that_is_damaged(workspace: Workspace) -> None:
         workspace.resume().run_training()
 
 
+@pytest.mark.usefixtures("trusting")
 def test_passes_of_the_earlier_consistency_are_counted(workspace: Workspace) -> None:
     workspace.configure(**WHOLE)
     trainer = workspace.train()
@@ -726,6 +766,18 @@ def test_the_newest_complete_round_counts(dataset: PreprocessedDataset, tmp_path
     Path(files.round_folder(11), f"{CASES[0]}.npy").write_bytes(b"no array")
     error = next(loader)["error"]
     assert "epoch_11" in error and f"delete the folder {files.folder} and continue with --c" in error
+
+
+def test_what_a_round_lacks_an_older_one_may_have(dataset: PreprocessedDataset, tmp_path: Path) -> None:
+    """Annotated volumes are registered onto more scans than the members label."""
+    files = ScanLabelFiles(str(tmp_path / "rounds"))
+    loader = UnlabelledLoader({CASES[0]: dataset, CASES[2]: dataset}, 30, (32, 32), (32, 32), files)
+    for case in (CASES[0], CASES[2]):
+        write_round(files, 0, case, np.full(loader._shape(case)[1:], 1))
+    write_round(files, 3, CASES[0], np.full(loader._shape(CASES[0])[1:], 2))
+    assert set(next(loader)["label"].unique().tolist()) == {1, 2}
+    assert files.cases(0) == {CASES[0], CASES[2]} and files.cases(3) == {CASES[0]} and files.cases(5) == set()
+    assert (files.whole(CASES[0], 3) == 2).all()
 
 
 # ------------------------------------------------------------------ the loss

@@ -53,6 +53,14 @@ class ScanLabelFiles:
             if name not in kept:
                 shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
 
+    def cases(self, epoch: int) -> set[str]:
+        """The cases that have labels in a round."""
+        try:
+            names = os.listdir(self.round_folder(epoch))
+        except OSError:
+            return set()
+        return {name[: -len(".npy")] for name in names if name.endswith(".npy")}
+
     def whole(self, case: str, epoch: int) -> np.ndarray:
         """A case's labels of a round, int8 (Z, Y, X) or (R, Z, Y, X).
 
@@ -78,15 +86,14 @@ class ScanLabelFiles:
             CMEMSError: the file is damaged.
         """
         heads = [self.regions] if self.regions else []
-        rounds = self.rounds()
-        path = os.path.join(self.round_folder(rounds[-1]), f"{case}.npy") if rounds else ""
-        try:
-            labels = np.load(path, mmap_mode="r") if rounds else None
-            if labels is not None:
+        for epoch in reversed(self.rounds()):
+            path = os.path.join(self.round_folder(epoch), f"{case}.npy")
+            try:
+                labels = np.load(path, mmap_mode="r")
                 cut = crop_and_pad_nd(labels if heads else labels[None], box, UNKNOWN)
                 return np.array(cut if heads else cut[0], dtype=np.int8)
-        except FileNotFoundError:  # not among the scans that get labels, or the round has just been removed for a newer one
-            pass
-        except Exception as error:  # damaged files raise nearly anything
-            raise self._damaged(path, error) from error
+            except FileNotFoundError:  # not among the scans that get labels then, or the round has just been removed for a newer one
+                pass
+            except Exception as error:  # damaged files raise nearly anything
+                raise self._damaged(path, error) from error
         return np.full([*heads, *(high - low for low, high in box)], UNKNOWN, np.int8)

@@ -7,6 +7,7 @@ is not what networks know that have learned from one volume, so each corrects th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from torch import Tensor
 
 from nnunetv2_cmems.method.demons import blurred, demons, in_this_thread, matched, resampled, shrunk
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
+from nnunetv2_cmems.method.objective import overlap
+
+LEAST_AGREEMENT = 0.6
+"""Dice of an atlas's labels by one alignment with those by another, mean over pairs and organs, from which on they are trusted."""
 
 _COARSEST = 32  # about so many voxels along the longest side at the lowest resolution
 _FINEST = 128  # and at the highest: deformations are smooth
@@ -43,13 +48,14 @@ class Atlas:
 
 
 @torch.no_grad()
-def carried(atlases: Sequence[Atlas], image: Tensor, space: LabelSpace) -> tuple[Tensor, Tensor]:
+def carried(atlases: Sequence[Atlas], image: Tensor, space: LabelSpace) -> tuple[Tensor, Tensor] | None:
     """What atlases say about a scan: their labels, deformed onto it.
 
     Each atlas is aligned in three ways: image middle on image middle; and from there by the similarity and by the affine transform that
-    gives the best correlation of grey values. From each of these start demons (Thirion, Medical Image Analysis 2, 1998; with the symmetric
-    forces of Vercauteren et al., MICCAI 2007), after matching of the histograms, from coarse to fine, on the mean of the channels. Which of
-    them ends best cannot be told; their mean is about as good as the best. No random numbers are drawn.
+    gives the best correlation of grey values. From each of these start demons (see :mod:`~nnunetv2_cmems.method.demons`), after matching
+    of the histograms, from coarse to fine, on the mean of the channels. Which of them ends best cannot be told; their mean is about as good
+    as the best. Where they end at different places the registration has failed: an atlas with less than :data:`LEAST_AGREEMENT` is left
+    out. No random numbers are drawn.
 
     Args:
         atlases: one or more.
@@ -58,24 +64,37 @@ def carried(atlases: Sequence[Atlas], image: Tensor, space: LabelSpace) -> tuple
 
     Returns:
         Probabilities (K, Z, Y, X) of the classes, the background first, or (R, Z, Y, X) of the regions, the mean over alignments and
-        atlases; and where most of these know anything, bool (Z, Y, X).
+        atlases; and where most of these know anything, bool (Z, Y, X). None where no atlas could be registered.
     """
     grey = _grey(image.numpy())
-    masks: list[np.ndarray] | None = None
-    known, total = np.zeros(image.shape[1:], np.float32), 0
-    for atlas in atlases:
-        moving = _grey(atlas.image)
-        for deformation in _deformations(grey, moving):
-            total += 1
-            # one alignment at a time: volumes are large
-            moved = [_moved(mask, deformation, grey) for mask in _masks(atlas.label, space)]
-            masks = moved if masks is None else [sum_ + mask for sum_, mask in zip(masks, moved)]
-            known += 1.0 if (atlas.label >= 0).all() else _moved(atlas.label >= 0, deformation, grey, beyond=1.0)
-    assert masks is not None
-    organs = np.stack(masks) / total
-    if not isinstance(space, Regions):
-        organs = np.concatenate([np.clip(1 - organs.sum(0, keepdims=True), 0, 1), organs])
-    return torch.from_numpy(organs), torch.from_numpy(known > total / 2)
+    found = [one for one in (_carried(atlas, grey, space) for atlas in atlases) if one is not None]
+    if not found:
+        return None
+    organs, known = (np.mean(parts, 0) for parts in zip(*found))
+    return _with_background(torch.from_numpy(organs), space), torch.from_numpy(known > 0.5)
+
+
+def _carried(atlas: Atlas, grey: sitk.Image, space: LabelSpace) -> tuple[np.ndarray, np.ndarray] | None:
+    """An atlas's organs (F, Z, Y, X) on a scan, and where it is annotated (Z, Y, X), both float32; None where this has failed."""
+    organs: list[np.ndarray] = []
+    known: list[np.ndarray] = []
+    decided: list[Tensor] = []
+    annotated = atlas.label >= 0
+    for deformation in _deformations(grey, _grey(atlas.image)):
+        moved = np.stack([_moved(mask, deformation, grey) for mask in _masks(atlas.label, space)])
+        organs = [moved + sum(organs)]  # the sum: volumes are large
+        known.append(np.ones(moved.shape[1:], bool) if annotated.all() else _moved(annotated, deformation, grey, beyond=1.0) > 0.5)
+        decided.append(space.decide(_with_background(torch.from_numpy(moved), space)[None], 0.0).labels.to(torch.int8))
+    shared = [overlap(one, other, space) for one, other in itertools.combinations(decided, 2)]
+    agreement = [(both[0] / both[1]).nanmean() for both in shared]  # 0 / 0 is NaN, of what neither shows
+    if not agreement or not torch.stack(agreement).mean() >= LEAST_AGREEMENT:
+        return None
+    return organs[0] / np.float32(len(decided)), np.stack(known).mean(0, dtype=np.float32)
+
+
+def _with_background(organs: Tensor, space: LabelSpace) -> Tensor:
+    """Probabilities in the heads' terms, of (F, Z, Y, X) organs."""
+    return organs if isinstance(space, Regions) else torch.cat([(1 - organs.sum(0, keepdim=True)).clamp(0, 1), organs])
 
 
 def _grey(image: np.ndarray) -> sitk.Image:
@@ -97,7 +116,9 @@ def _moved(mask: np.ndarray, deformation: sitk.Transform, like: sitk.Image, beyo
 
 
 def _deformations(fixed: sitk.Image, moving: sitk.Image) -> Iterator[sitk.Transform]:
-    """From places of the fixed image to those of the moving one, for each alignment."""
+    """From places of the fixed image to those of the moving one, for each alignment; none where an image is of one grey."""
+    if any(values.min() == values.max() for values in map(sitk.GetArrayViewFromImage, (fixed, moving))):
+        return
     finest, coarsest = (max(0, round(math.log2(max(fixed.GetSize()) / voxels))) for voxels in (_FINEST, _COARSEST))
     least = float(sitk.GetArrayViewFromImage(moving).min())
     small = shrunk(fixed, _factors(fixed, coarsest))
@@ -121,7 +142,7 @@ def _factors(image: sitk.Image, halvings: int) -> list[int]:
 
 
 def _aligned(fixed: sitk.Image, moving: sitk.Image, kind: type[Any], start: Any) -> sitk.Transform | None:
-    """The transform of a kind with the best correlation; None where there is none to be found, as where an image is of one grey."""
+    """The transform of a kind with the best correlation; None where there is none to be found."""
     transform = kind(3) if kind is sitk.AffineTransform else kind()  # the registration changes it
     transform.SetCenter(start.GetCenter())
     transform.SetTranslation(start.GetTranslation())
@@ -134,7 +155,7 @@ def _aligned(fixed: sitk.Image, moving: sitk.Image, kind: type[Any], start: Any)
     work.SetInitialTransform(transform, True)
     try:
         work.Execute(fixed, moving)
-    except RuntimeError:  # the images do not overlap any more, or have no contrast
+    except RuntimeError:  # the images do not overlap any more
         return None
     found: sitk.Transform = transform
     return found

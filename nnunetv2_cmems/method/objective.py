@@ -111,6 +111,8 @@ class Objective:
         supervised_weights: weights of the supervised cross-entropy at a fraction of the training, or None.
         pseudo_weights: weights of the consistency's cross-entropy, from ``space``, or None.
         autocast: makes the context in which the networks run.
+
+    Attributes:
         joining: share of the training after which unlabelled places without a label from elsewhere count in the consistency terms.
     """
 
@@ -123,7 +125,6 @@ class Objective:
         supervised_weights: Callable[[float], Tensor] | None,
         pseudo_weights: Tensor | None,
         autocast: Callable[[], AbstractContextManager[Any]],
-        joining: float = 0.0,
     ) -> None:
         self.config = config
         self.bank = bank
@@ -132,7 +133,7 @@ class Objective:
         self.supervised_weights = supervised_weights
         self.pseudo_weights = pseudo_weights
         self.autocast = autocast
-        self.joining = joining
+        self.joining = 0.0
         self.dropout = ChannelDropout(config.feature_perturbation)
 
     def __call__(

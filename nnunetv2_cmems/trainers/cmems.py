@@ -251,8 +251,6 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if others:
             fits(others, unlabelled[others[0]])
         self._record(list(unlabelled))
-        if self._needs_unlabelled:
-            self._scan_labels = scan_labels.begin(self, unlabelled)
         self._prepare_objective()
         if self.config.log_hidden_accuracy and self.config.uses_unlabelled:
             self.hidden_labels = HiddenLabels.of(hidden, dataset, self.configuration_manager.patch_size, self.label_space)
@@ -260,6 +258,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         train: Iterator
         if self._needs_unlabelled:
             size = self._objective.batches.unlabelled or 2  # where only the synthetic stream needs them
+            self._scan_labels = scan_labels.begin(self, unlabelled)
             if self._scan_labels and self.config.refine_predictions:
                 self.mutual_networks.refinement = self._scan_labels.prediction_refinement.to_tensor().to(self.device)
             files = self._scan_labels.files if self._scan_labels else None
@@ -417,10 +416,6 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
                 raise CMEMSError(
                     f"'supervised' is switched off ({self._config_source}) and there can be no synthetic images: {why}; switch it on."
                 )
-        joining = 0.0
-        if self._scan_labels is not None and self._scan_labels.atlases:
-            joining = max(term.start + term.rampup for term in (config.image, config.feature) if term.enabled)
-            config = scan_labels.from_the_start(config)
         images, labels = _sources(self.exemplars)
         patch, spacing = self.configuration_manager.patch_size, self.configuration_manager.spacing
         complete_only = config.synthesis.complete_only
@@ -434,7 +429,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         batches = batch_sizes(config, self.configuration_manager.batch_size)
         part = distributed.share(batches, self.local_rank, distributed.count_processes())
         self._objective = Objective(
-            config, bank, part, self.label_space, weights, pseudo_weights.to(self.device), self._autocast, joining
+            config, bank, part, self.label_space, weights, pseudo_weights.to(self.device), self._autocast
         )
         first, last = (np.round(weights(progress).tolist(), 2).tolist() for progress in (0.0, 1.0))
         self.print_to_log_file(

@@ -37,7 +37,7 @@ from nnunetv2_cmems.method.atlas import Atlas, carried
 from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.growth import borders_on_background, grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
-from nnunetv2_cmems.method.objective import batch_sizes, overlap, passes_per_step
+from nnunetv2_cmems.method.objective import Objective, batch_sizes, overlap, passes_per_step
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
@@ -49,6 +49,12 @@ FOLDER = "scan_labels"
 SHARE_OF_A_SLICE = 0.5
 """What an exemplar slice shows in one piece may have two in a scan, of which the slice crosses one: pieces that are at least half as large
 as the largest are kept. A whole annotated volume says how many there are."""
+
+MOST_REGISTERED = 200
+"""Scans that annotated volumes are registered onto, where the members label fewer."""
+
+FEWEST_REGISTERED = 0.25
+"""Share of the scans to which this must succeed. Else the organs do not keep their arrangement, or the scans show too different parts."""
 
 MOST_THREADS = 4
 """That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
@@ -76,6 +82,7 @@ class ScanLabels:
         self._config: ScanLabelsConfig = trainer.config.scan_labels
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
+        self._registered = {case: cases[case] for case in chosen(cases, max(self._config.most_scans, MOST_REGISTERED))}
         dataset = trainer.preprocessed_dataset()
         volumes, some = whole_volumes(trainer.exemplars, dataset), painted_slices(trainer.exemplars, dataset)
         single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
@@ -91,10 +98,10 @@ class ScanLabels:
         finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
         self.prediction_refinement = dataclasses.replace(self.refinement, config=finer)
         self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
-        # registration tells how large an organ is
-        self._reach = 0.0 if self.atlases else self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
+        self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
+        self._config_without: CMEMSConfig | None = None  # the objective's, where no scan has a label before the members make it
         self.begins = [*([0] if self.atlases else []), *starts(self._config, trainer.num_epochs)]
 
     def before_epoch(self, trainer: Any) -> None:
@@ -107,12 +114,29 @@ class ScanLabels:
         begun = [begin for begin in self.begins if begin <= epoch]
         there = self.files.rounds()
         distributed.wait_for_all()  # every process has looked
-        if begun and (begun[-1] == epoch or begun[-1] not in there):
+        if self.atlases and 0 not in there:
+            self._register(trainer)
+        if begun and begun[-1] and self._members_label() and (begun[-1] == epoch or begun[-1] not in there):
             self._make(trainer, begun[-1])
         elif len(there) > 1 and not trainer.local_rank:
             # a training that is killed goes on from a checkpoint that may be older than a round, and then needs the one before
             if resume.epochs_done(os.path.join(trainer.output_folder, "checkpoint_latest.pth")) >= there[-1]:
-                self.files.keep({*there[-1:], *self.begins[: 1 if self.atlases else 0]})  # what atlases say counts in each round
+                self.files.keep({0, there[-1]} if self.atlases else there[-1:])  # what atlases say counts in each round
+        if self.atlases:
+            self._teach(trainer._objective)
+
+    def _members_label(self) -> bool:
+        """Whether the members label scans: in space they do so only beside annotated volumes, unless they are told to."""
+        return self._planar or self._config.in_space or bool(self.files.cases(0))
+
+    def _teach(self, objective: Objective) -> None:
+        """Let the consistency terms begin with the training, if there are labels."""
+        self._config_without = self._config_without or objective.config
+        config = self._config_without
+        begins = bool(self.files.cases(0))
+        terms = [term for term in (config.image, config.feature) if term.enabled]
+        objective.joining = max(term.start + term.rampup for term in terms) if begins else 0.0
+        objective.config = from_the_start(config) if begins else config
 
     def rehearse(self, trainer: Any) -> None:
         """Predict a window of nothing, for which a compiled network is compiled then."""
@@ -121,41 +145,63 @@ class ScanLabels:
         with predicting(trainer, mirroring=False) as predictor:
             predict_like_folds(predictor, image)
 
+    def _register(self, trainer: Any) -> None:
+        """What the atlases say about the scans; nothing where this fails for most of them."""
+        atlases = [Atlas(*load_volume(case, self._dataset)) for case in self.atlases]
+
+        def carry(case: str) -> tuple[str, np.ndarray | None]:
+            return case, self._carried(atlases, torch.from_numpy(read_image(case, self._registered[case])))
+
+        mine = _of_this_process(trainer, self._registered)
+        fewest = math.ceil(FEWEST_REGISTERED * len(self._registered))
+        made = self._write(trainer, 0, len(mine), mine, carry, "Registering annotated volumes onto unlabelled scans", fewest)
+        enough = made >= fewest
+        told = "their labels teach from the first step on" if enough else "too few, these labels do not count"
+        trainer.print_to_log_file(f"Annotated volumes could be registered onto {made} of {len(self._registered)} unlabelled scans: {told}.")
+        if enough:
+            steps = trainer.num_epochs * trainer.num_iterations_per_epoch
+            trainer.history.add({"scan_label_passes": steps * earlier_passes(trainer)}, trainer.current_epoch)
+
     def _make(self, trainer: Any, begin: int) -> None:
-        """The round that counts from an epoch on; before it that of the atlases, which it needs, where this is lost."""
-        if self.atlases and begin and 0 not in self.files.rounds():
-            distributed.wait_for_all()  # every process has looked
-            self._make(trainer, 0)
-        if self.atlases and not begin:
-            atlases = [Atlas(*load_volume(case, self._dataset)) for case in self.atlases]
-
-            def carry(case: str) -> tuple[str, np.ndarray]:
-                return case, self._carried(atlases, torch.from_numpy(read_image(case, self._cases[case])))
-
-            self._write(trainer, 0, self._my_cases(trainer), carry, "Registering annotated volumes onto unlabelled scans")
-            trainer.history.add({"scan_label_passes": trainer.num_epochs * trainer.num_iterations_per_epoch * earlier_passes(trainer)}, 0)
-            return
+        """A round of the members."""
         patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
+        registered = self.files.cases(0) if self.atlases else set()
 
         def label(prediction: tuple[str, Tensor, Tensor | None, Tensor]) -> tuple[str, np.ndarray]:
             case, logits, agreement, image = prediction
-            known = self.files.whole(case, 0) if self.atlases else None
-            return case, self._labels_of(logits, image, agreement, known)
+            return case, self._labels_of(logits, image, agreement, self.files.whole(case, 0) if case in registered else None)
 
+        mine = _of_this_process(trainer, self._cases)
         with predicting(trainer, mirroring=False) as predictor:
-            predicted = (self._predict(case, predictor) for case in self._my_cases(trainer))
-            self._write(trainer, begin, predicted, label, "Labelling whole unlabelled scans")
+            predicted = (self._predict(case, predictor) for case in mine)
+            self._write(trainer, begin, len(mine), predicted, label, "Labelling whole unlabelled scans")
         windows = sum(count_windows(open_image(case, dataset).shape[1:], patch) for case, dataset in self._cases.items())
         trainer.history.add({"scan_label_passes": members * windows}, trainer.current_epoch)
 
-    def _my_cases(self, trainer: Any) -> list[str]:
-        """This process's."""
-        return list(self._cases)[trainer.local_rank :: distributed.count_processes()]
-
     def _write(
-        self, trainer: Any, begin: int, items: Iterable[Item], labelled: Callable[[Item], tuple[str, np.ndarray]], what: str
-    ) -> None:
-        """Make and write the labels of a round, a scan for each item, and log how good they are where that is known."""
+        self,
+        trainer: Any,
+        begin: int,
+        count: int,
+        items: Iterable[Item],
+        labelled: Callable[[Item], tuple[str, np.ndarray | None]],
+        what: str,
+        fewest: int = 0,
+    ) -> int:
+        """Make and write the labels of a round, and log how good they are where that is known.
+
+        Args:
+            trainer: the training.
+            begin: the epoch from which on they count.
+            count: how many items there are.
+            items: one for each scan of this process.
+            labelled: makes the case and its labels, None where it has none, of an item; in threads, while the next items are made.
+            what: is done, for the bar and the log.
+            fewest: with fewer scans than this none gets a label.
+
+        Returns:
+            How many scans have got labels, of all processes.
+        """
         start = time.monotonic()
         target = self.files.round_folder(begin)
         temporary = f"{target}.tmp"
@@ -163,20 +209,29 @@ class ScanLabels:
             shutil.rmtree(temporary, ignore_errors=True)
         distributed.wait_for_all()
         scores: list[np.ndarray] = []
+        made: list[str] = []
 
         def finish(item: Item) -> list[np.ndarray]:
             case, labels = labelled(item)
+            if labels is None:
+                return []
             _save(temporary, case, labels)
-            if trainer.config.log_hidden_accuracy and self._cases[case].folder == trainer.preprocessed_dataset_folder:
-                return _hidden_dice(case, self._cases[case], labels, self._space)
+            made.append(case)
+            dataset = self._registered[case]
+            if trainer.config.log_hidden_accuracy and dataset.folder == trainer.preprocessed_dataset_folder:
+                return _hidden_dice(case, dataset, labels, self._space)
             return []
 
-        with tqdm(total=len(self._my_cases(trainer)), desc=what, disable=trainer.local_rank > 0) as bar:
+        with tqdm(total=count, desc=what, disable=trainer.local_rank > 0) as bar:
             for found in in_threads(finish, items, min(MOST_THREADS, get_allowed_n_proc_DA())):
                 scores += found
                 bar.update()
+        everywhere = len(distributed.gathered(made))
         scores = distributed.gathered(scores)  # and with that every process has written its part
         if not trainer.local_rank:
+            if everywhere < fewest or not everywhere:
+                shutil.rmtree(temporary, ignore_errors=True)
+                os.makedirs(temporary)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
         distributed.wait_for_all()
@@ -184,14 +239,17 @@ class ScanLabels:
             means = [column[~np.isnan(column)].sum() / max(1, (~np.isnan(column)).sum()) for column in np.stack(scores, 1)]
             names = [f"scan_label_dice/{name}" for name in (*self._space.names, "mean")]
             trainer.history.add(dict(zip(names, [*means, np.mean(means)])), trainer.current_epoch)
-        trainer.print_to_log_file(f"{what}: {len(self._cases)} in {time.monotonic() - start:.0f} s")
+        trainer.print_to_log_file(f"{what}: {everywhere} in {time.monotonic() - start:.0f} s")
+        return everywhere
 
     @torch.inference_mode()
-    def _carried(self, atlases: Sequence[Atlas], image: Tensor) -> np.ndarray:
-        """What annotated volumes say about a scan, refined: int8 in head space, -1 where they know nothing."""
-        probabilities, known = carried(atlases, image, self._space)
-        labels = self.refinement.labels(probabilities, image, self._space, self._planar)
-        return labels.masked_fill(~known, UNKNOWN).numpy()
+    def _carried(self, atlases: Sequence[Atlas], image: Tensor) -> np.ndarray | None:
+        """What annotated volumes say about a scan, refined: int8 in head space, -1 where they know nothing; None if that is nowhere."""
+        found = carried(atlases, image, self._space)
+        if found is None:
+            return None
+        labels = self.refinement.labels(found[0], image, self._space, self._planar)
+        return labels.masked_fill(~found[1], UNKNOWN).numpy()
 
     @torch.inference_mode()
     def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor | None, Tensor]:
@@ -222,12 +280,16 @@ class ScanLabels:
             heads = self._space.certain(said.clamp_min(0)[None])[0]
             probabilities = torch.where(said >= 0, torch.lerp(probabilities, heads, SHARE_OF_ATLASES), probabilities)
         labels = self.refinement.labels(probabilities, image, self._space, self._planar)
-        if self._reach > 0 and any(self._open):
+        if self._reach > 0 and any(self._open) and said is None:  # registration tells how large an organ is
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
             mixed = torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH)
             labels = self.refinement.labels(mixed, image, self._space, self._planar)
         whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
         return whole.numpy()
+
+
+def _of_this_process(trainer: Any, cases: Iterable[str]) -> list[str]:
+    return list(cases)[trainer.local_rank :: distributed.count_processes()]
 
 
 def chosen(cases: Iterable[str], most: int) -> list[str]:
