@@ -360,8 +360,9 @@ def test_a_few_volumes_are_enough(workspace: Workspace) -> None:
     assert trainer._scan_labels.atlases == rounds.chosen(TRAINING[:3], 2)
 
 
-def test_members_that_are_sure_overrule_the_volumes(workspace: Workspace) -> None:
-    """Where they are not, the volumes decide; what these do not know is the members' alone."""
+def test_members_and_volumes_are_weighed(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members that are sure overrule a volume of less than half the weight; what volumes do not know is the members' alone."""
+    monkeypatch.setattr(rounds, "SHARE_OF_ATLASES", 0.45)
     config = {**AS_PREDICTED, "places": False}
     workspace.configure(**{**WHOLE, "scan_labels": config})
     trainer = workspace.make()
@@ -375,6 +376,9 @@ def test_members_that_are_sure_overrule_the_volumes(workspace: Workspace) -> Non
     known[:, 20:] = -1
     labels = trainer._scan_labels._labels_of(probabilities.log(), torch.zeros(shape), None, known)
     assert (labels[..., :20] == 1).all() and (labels[:, :20, 20:] == 2).all() and (labels[:, 20:, 20:] == 1).all()
+    monkeypatch.setattr(rounds, "SHARE_OF_ATLASES", 0.65)
+    labels = trainer._scan_labels._labels_of(probabilities.log(), torch.zeros(shape), None, known)
+    assert (labels[:, :20] == 2).all() and (labels[:, 20:] == 1).all()
 
 
 @pytest.mark.usefixtures("trusting")

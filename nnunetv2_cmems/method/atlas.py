@@ -29,6 +29,8 @@ _COARSEST = 32  # about so many voxels along the longest side at the lowest reso
 _FINEST = 128  # and at the highest: deformations are smooth
 _FEWEST = 16  # voxels that a side keeps when it is shrunk
 _ITERATIONS = 40  # of the demons, at each resolution
+_LARGE = 96  # voxels along the longest side, from which on a few are enough
+_FEW_ITERATIONS = 10
 _SMOOTHNESS = 0.7  # sigma, in voxels, of the blur of displacements after each iteration
 _LINEAR_ITERATIONS = 80
 _LINEAR_STEPS = 2.0, 0.05  # of the gradient descent, in voxels: the first, and the one that ends it
@@ -132,7 +134,8 @@ def _deformations(fixed: sitk.Image, moving: sitk.Image) -> Iterator[sitk.Transf
         near = matched(resampled(moving, target, alignment, least), target)
         factors = [_factors(target, halvings) for halvings in range(coarsest - finest, -1, -1)]
         levels = [(shrunk(target, each), shrunk(near, each)) for each in factors]
-        bent = demons(levels, _ITERATIONS, _SMOOTHNESS)
+        iterations = [_FEW_ITERATIONS if max(image.GetSize()) >= _LARGE else _ITERATIONS for image, _ in levels]
+        bent = demons(levels, iterations, _SMOOTHNESS)
         yield sitk.CompositeTransform([alignment, bent])
 
 

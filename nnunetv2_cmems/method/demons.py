@@ -20,7 +20,7 @@ def in_this_thread(work: Any, **settings: Any) -> Any:
     return work
 
 
-def demons(levels: Sequence[tuple[sitk.Image, sitk.Image]], iterations: int, smoothness: float) -> sitk.Transform:
+def demons(levels: Sequence[tuple[sitk.Image, sitk.Image]], iterations: Sequence[int], smoothness: float) -> sitk.Transform:
     """The deformation that makes one image look like another: from places of the fixed image to those of the moving one.
 
     Args:
@@ -32,11 +32,11 @@ def demons(levels: Sequence[tuple[sitk.Image, sitk.Image]], iterations: int, smo
         A displacement field at the highest of these resolutions.
     """
     work = in_this_thread(
-        sitk.FastSymmetricForcesDemonsRegistrationFilter(),
-        NumberOfIterations=iterations, StandardDeviations=smoothness, SmoothDisplacementField=True,
-    )  # fmt: skip
+        sitk.FastSymmetricForcesDemonsRegistrationFilter(), StandardDeviations=smoothness, SmoothDisplacementField=True
+    )
     field: sitk.Image | None = None
-    for fixed, moving in levels:
+    for (fixed, moving), count in zip(levels, iterations, strict=True):
+        work.SetNumberOfIterations(count)
         field = work.Execute(fixed, moving) if field is None else work.Execute(fixed, moving, resampled(field, fixed))
     assert field is not None
     return sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))

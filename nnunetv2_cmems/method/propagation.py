@@ -141,7 +141,7 @@ def _deformation(fixed: np.ndarray, moving: np.ndarray) -> sitk.Transform:
     side = max(fixed.shape)
     lowest, highest = (max(0, round(math.log2(side / voxels))) for voxels in (_COARSEST, _FINEST))
     levels = [(shrunk(target, [2**halvings] * 2), shrunk(source, [2**halvings] * 2)) for halvings in range(lowest, highest - 1, -1)]
-    return demons(levels, _ITERATIONS, _SMOOTHNESS)
+    return demons(levels, [_ITERATIONS] * len(levels), _SMOOTHNESS)
 
 
 def _moved(probabilities: np.ndarray, deformation: sitk.Transform) -> np.ndarray:

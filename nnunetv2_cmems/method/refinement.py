@@ -3,7 +3,7 @@
 A scan's organs differ from their surroundings in this very scan, whatever its scanner did to the grey values. The refinement is EM
 segmentation with a spatial prior, as of Van Leemput et al. (IEEE TMI 18, 1999) and Ashburner & Friston (NeuroImage 26, 2005). The
 simplification is ours: the prior is the networks' blurred prediction of the scan itself, grey values have histograms instead of
-Gaussians, their likelihood has a weight below 1, and there are no bias field and no registration to an atlas.
+Gaussians, their likelihood has a weight below 1, and there is no bias field. What an atlas says of the scan is refined likewise.
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ FEWEST_REGISTERED = 0.25
 MOST_THREADS = 4
 """That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
 
-SHARE_OF_ATLASES = 0.45
-"""Weight of the labels that annotated volumes give by registration, beside what the members say: members that are sure overrule them."""
+SHARE_OF_ATLASES = 0.65
+"""Weight of the labels that annotated volumes give by registration, beside what the members say. So these only move a border where the
+grey values are on their side, too."""
 
 CONFIDENCE_IN_GROWTH = 0.7
 """Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
