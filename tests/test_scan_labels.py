@@ -381,6 +381,37 @@ def test_members_and_volumes_are_weighed(workspace: Workspace, monkeypatch: pyte
     assert (labels[:, :20] == 2).all() and (labels[:, 20:] == 1).all()
 
 
+@pytest.mark.parametrize("prepare", [lambda workspace: {}, in_three_dimensions, with_regions], ids=["2d", "3d", "regions"])
+def test_only_the_surroundings_of_registered_organs_are_worked_on(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Workspace], dict[str, Any]]
+) -> None:
+    workspace.configure(**WHOLE)
+    trainer = workspace.make(**prepare(workspace))
+    trainer.initialize()
+    trainer.get_dataloaders()
+    made, shape = trainer._scan_labels, (9, 60, 64)
+    truth = torch.zeros(shape, dtype=torch.long)
+    truth[3:6, 20:31, 30:44] = 1
+    image = (truth > 0).float()[None] + 0.1 * torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+    says = made._space.certain(made._space.target(truth.roll(2, 2)[None]))[0].float()
+    known = torch.ones(shape, dtype=torch.bool)
+    known[:, :5] = False
+    monkeypatch.setattr(rounds, "carried", lambda *_: (says, known))
+    found = made._carried([], image)
+    assert (found[..., :5, :] == -1).all() and (found[..., 5:, :] >= 0).all() and (found > 0).any()
+    seen: list[tuple[int, ...]] = []
+    refine = refinement.refine
+    monkeypatch.setattr(refinement, "refine", lambda p, *rest: (seen.append(tuple(p.shape[1:])), refine(p, *rest))[1])
+    made._carried([], image)
+    monkeypatch.setattr(rounds, "LEAST_PROBABILITY", -1.0)
+    assert np.array_equal(found, made._carried([], image))
+    assert max(seen[0][1:]) < 50 and seen[1] == shape
+    monkeypatch.setattr(rounds, "LEAST_PROBABILITY", 2.0)
+    assert not (made._carried([], image) > 0).any()
+    monkeypatch.setattr(rounds, "carried", lambda *_: None)
+    assert made._carried([], image) is None
+
+
 @pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
 def test_a_continued_training_with_annotated_volumes(workspace: Workspace, lost: bool) -> None:

@@ -78,20 +78,20 @@ def carried(atlases: Sequence[Atlas], image: Tensor, space: LabelSpace) -> tuple
 
 def _carried(atlas: Atlas, grey: sitk.Image, space: LabelSpace) -> tuple[np.ndarray, np.ndarray] | None:
     """An atlas's organs (F, Z, Y, X) on a scan, and where it is annotated (Z, Y, X), both float32; None where this has failed."""
-    organs: list[np.ndarray] = []
-    known: list[np.ndarray] = []
+    shape = grey.GetSize()[::-1]
+    organs, known = np.zeros((len(space.names), *shape), np.float32), np.zeros(shape, np.float32)
     decided: list[Tensor] = []
     annotated = atlas.label >= 0
     for deformation in _deformations(grey, _grey(atlas.image)):
         moved = np.stack([_moved(mask, deformation, grey) for mask in _masks(atlas.label, space)])
-        organs = [moved + sum(organs)]  # the sum: volumes are large
-        known.append(np.ones(moved.shape[1:], bool) if annotated.all() else _moved(annotated, deformation, grey, beyond=1.0) > 0.5)
+        organs += moved
+        known += 1 if annotated.all() else _moved(annotated, deformation, grey, beyond=1.0) > 0.5
         decided.append(space.decide(_with_background(torch.from_numpy(moved), space)[None], 0.0).labels.to(torch.int8))
     shared = [overlap(one, other, space) for one, other in itertools.combinations(decided, 2)]
     agreement = [(both[0] / both[1]).nanmean() for both in shared]  # 0 / 0 is NaN, of what neither shows
     if not agreement or not torch.stack(agreement).mean() >= LEAST_AGREEMENT:
         return None
-    return organs[0] / np.float32(len(decided)), np.stack(known).mean(0, dtype=np.float32)
+    return organs / len(decided), known / len(decided)
 
 
 def _with_background(organs: Tensor, space: LabelSpace) -> Tensor:

@@ -53,6 +53,9 @@ as the largest are kept. A whole annotated volume says how many there are."""
 MOST_REGISTERED = 200
 """Scans that annotated volumes are registered onto, where the members label fewer."""
 
+LEAST_PROBABILITY = 0.0025
+"""Of an organ by registration: below it no organ is near."""
+
 FEWEST_REGISTERED = 0.25
 """Share of the scans to which this must succeed. Else the organs do not keep their arrangement, or the scans show too different parts."""
 
@@ -249,8 +252,16 @@ class ScanLabels:
         found = carried(atlases, image, self._space)
         if found is None:
             return None
-        labels = self.refinement.labels(found[0], image, self._space, self._planar)
-        return labels.masked_fill(~found[1], UNKNOWN).numpy()
+        probabilities, known = found
+        whole = torch.zeros(known.shape if self.files.regions == 0 else probabilities.shape, dtype=torch.int8)
+        margin = self.refinement.margin(None) + 2
+        somewhere = probabilities[-len(self._space.names) :].amax(0) > LEAST_PROBABILITY
+        box = surroundings(somewhere, [0 if self._planar else margin, margin, margin])
+        if box is not None:
+            place = (slice(None), *box)
+            labels = self.refinement.labels(probabilities[place], image[place], self._space, self._planar)
+            whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
+        return whole.masked_fill(~known, UNKNOWN).numpy()
 
     @torch.inference_mode()
     def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor | None, Tensor]:
