@@ -203,7 +203,8 @@ class ScanLabelsConfig:
             count from then on: at first alone, then beside what the members say. 0: none.
         in_space: also where a 3D configuration's voxels are less than three times as thick as wide, and no atlas counts. Off, because it
             cost accuracy on the one such data set that it was tried on.
-        most_scans: so many scans get labels at most, chosen at random, the same ones each time; the others are taught as before.
+        most_scans: so many scans get labels by the members at most, chosen at random, the same ones each time; the others are taught as
+            before. Atlases are registered onto as many, but not onto fewer than 200 if there are.
     """
 
     at: tuple[float, ...] = _between(0.0, 1.0, (0.3, 0.5, 0.7, 0.85))

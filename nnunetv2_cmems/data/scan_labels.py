@@ -53,6 +53,10 @@ class ScanLabelFiles:
             if name not in kept:
                 shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
 
+    def path(self, case: str, epoch: int) -> str:
+        """Where a case's labels of a round lie, if it has any."""
+        return os.path.join(self.round_folder(epoch), f"{case}.npy")
+
     def cases(self, epoch: int) -> set[str]:
         """The cases that have labels in a round."""
         try:
@@ -67,7 +71,7 @@ class ScanLabelFiles:
         Raises:
             CMEMSError: the file is missing or damaged.
         """
-        path = os.path.join(self.round_folder(epoch), f"{case}.npy")
+        path = self.path(case, epoch)
         try:
             labels: np.ndarray = np.load(path)
         except Exception as error:
@@ -87,7 +91,7 @@ class ScanLabelFiles:
         """
         heads = [self.regions] if self.regions else []
         for epoch in reversed(self.rounds()):
-            path = os.path.join(self.round_folder(epoch), f"{case}.npy")
+            path = self.path(case, epoch)
             try:
                 labels = np.load(path, mmap_mode="r")
                 cut = crop_and_pad_nd(labels if heads else labels[None], box, UNKNOWN)

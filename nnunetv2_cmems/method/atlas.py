@@ -81,11 +81,12 @@ def _carried(atlas: Atlas, grey: sitk.Image, space: LabelSpace) -> tuple[np.ndar
     shape = grey.GetSize()[::-1]
     organs, known = np.zeros((len(space.names), *shape), np.float32), np.zeros(shape, np.float32)
     decided: list[Tensor] = []
-    annotated = atlas.label >= 0
+    masks, annotated = list(_masks(atlas.label, space)), atlas.label >= 0
+    everything = annotated.all()
     for deformation in _deformations(grey, _grey(atlas.image)):
-        moved = np.stack([_moved(mask, deformation, grey) for mask in _masks(atlas.label, space)])
+        moved = np.stack([_moved(mask, deformation, grey) for mask in masks])
         organs += moved
-        known += 1 if annotated.all() else _moved(annotated, deformation, grey, beyond=1.0) > 0.5
+        known += 1 if everything else _moved(annotated, deformation, grey, beyond=1.0) > 0.5
         decided.append(space.decide(_with_background(torch.from_numpy(moved), space)[None], 0.0).labels.to(torch.int8))
     shared = [overlap(one, other, space) for one, other in itertools.combinations(decided, 2)]
     agreement = [(both[0] / both[1]).nanmean() for both in shared]  # 0 / 0 is NaN, of what neither shows

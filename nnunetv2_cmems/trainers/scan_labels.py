@@ -398,19 +398,20 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"({trainer._config_source}); change it, or set 'scan_labels.at' to []."
         )
     wanted = bool(config.scan_labels.at) and config.uses_unlabelled and bool(cases)
-    atlases = atlas_cases(trainer.exemplars, trainer.preprocessed_dataset(), config.scan_labels) if wanted else []
-    if wanted and not (atlases or config.scan_labels.in_space or is_planar(trainer.configuration_manager.spacing)):
+    made = ScanLabels(trainer, cases) if wanted else None
+    if made is not None and not made.begins:
+        made = None
+    if made is not None and not (made.atlases or config.scan_labels.in_space or is_planar(trainer.configuration_manager.spacing)):
         trainer.print_to_log_file(
             "No labels of whole scans: no volume is annotated as a whole, voxels are not much thicker than wide, and "
             "'scan_labels.in_space' is off."
         )
-        wanted = False
-    if atlases:
+        made = None
+    if made is not None and made.atlases:
         trainer.print_to_log_file(
-            f"Labels of {', '.join(atlases)} are carried onto unlabelled scans by registration, before the first step; for what may lie "
-            "anywhere, such as lesions, switch 'scan_labels.atlases' to 0."
+            f"Labels of {', '.join(made.atlases)} are carried onto unlabelled scans by registration, before the first step; for what may "
+            "lie anywhere, such as lesions, switch 'scan_labels.atlases' to 0."
         )
-    made = ScanLabels(trainer, cases) if wanted and (atlases or starts(config.scan_labels, trainer.num_epochs)) else None
     if made is not None and made.refinement.places is not None:
         trainer.print_to_log_file(
             "In unlabelled scans and in predictions organs are looked for where the annotated volumes show them, seen from their common "
