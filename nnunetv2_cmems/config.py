@@ -197,6 +197,8 @@ class ScanLabelsConfig:
         largest_piece: keep only the largest connected piece of the foreground where the annotated volume's foreground is one piece, and
             so for each class. Where only slices are annotated, pieces at least half as large as the largest one are kept, too: a slice
             may show one of two organs.
+        outlines: what every annotated slice shows as a convex disc gets a smooth outline along the edges of the scan, slice by slice. For
+            2D configurations and thick slices.
         places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or
             several slices of one, are annotated, with two classes or more. To be switched off for what may lie anywhere, such as lesions.
         atlases: so many wholly annotated volumes, chosen at random, are registered onto each scan before the first step, and their labels
@@ -213,6 +215,7 @@ class ScanLabelsConfig:
     smoothing: float = _between(0.0, 20.0, 1.0)
     growth: float = _between(0.0, 1.0, 0.07)
     largest_piece: bool = True
+    outlines: bool = True
     places: bool = True
     atlases: int = _between(0, 100, 3)
     in_space: bool = False
@@ -278,9 +281,10 @@ class CMEMSConfig:
         unlabelled_views: deformation of the unlabelled crop, shared by all of its views.
         synthesis: the operation Ω.
         feature_perturbation: channel dropout of the feature granularity.
-        refine_predictions: predictions of whole scans keep organs to their places, follow the most certain slices and the grey values, and
-            lose small pieces, as ``places``, ``propagation``, ``appearance``, ``smoothing`` and ``largest_piece`` of ``scan_labels`` say;
-            where a training makes no labels of whole scans, its predictions are not refined.
+        refine_predictions: predictions of whole scans keep organs to their places, follow the most certain slices and the grey values,
+            lose small pieces, and have round organs drawn along their outlines, as ``places``, ``propagation``, ``appearance``,
+            ``smoothing``, ``largest_piece`` and ``outlines`` of ``scan_labels`` say; where a training makes no labels of whole scans, its
+            predictions are not refined.
         scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.

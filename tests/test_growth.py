@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_cmems.method import growth
-from nnunetv2_cmems.method.growth import borders_on_background, grow
+from nnunetv2_cmems.method.growth import borders_on_background, ends_at_edges, grow
 from nnunetv2_cmems.method.label_space import Classes, Regions
 
 CLASSES = Classes(("chamber", "neighbour"))
@@ -92,6 +92,21 @@ def test_what_lies_within_organs_does_not_grow() -> None:
     assert torch.equal(grow(HALF, scan(TRUTH), 12, (False, True), CLASSES, True), HALF)
     found = grow(torch.stack([HALF, HALF]), scan(TRUTH), 12, (True, False), REGIONS, True)
     assert dice(found[0], TRUTH) > 0.95 and torch.equal(found[1], HALF)
+
+
+@PLANAR
+def test_the_annotation_tells_where_edges_can_be_trusted(planar: bool) -> None:
+    """An organ that would grow beyond its annotated border, into what looks alike, does not grow in scans."""
+    bright, alike = scan(TRUTH), scan(TRUTH | block(slice(26, 40), slice(12, 32)))
+    assert ends_at_edges([(bright, TRUTH)], 12, ALL, CLASSES, planar) == ALL, "and what is not shown may"
+    assert ends_at_edges([(bright, HALF)], 12, ALL, CLASSES, planar) == (False, True)
+    assert ends_at_edges([(bright, TRUTH)] * 9 + [(bright, HALF)], 12, ALL, CLASSES, planar) == ALL, "all images count together"
+    assert ends_at_edges([(bright, TRUTH)], 12, (False, True), CLASSES, planar) == (False, True), "what may not grow still may not"
+    unknown = torch.where(TRUTH > HALF, -1, HALF)
+    assert ends_at_edges([(bright, unknown)], 12, ALL, CLASSES, planar) == ALL, "what is not annotated is no mistake"
+    assert ends_at_edges([], 12, ALL, CLASSES, planar) == ALL
+    assert ends_at_edges([(alike, TRUTH)], 14, ALL, REGIONS, planar) == (False, False)
+    assert ends_at_edges([(bright, TRUTH)], 12, ALL, REGIONS, planar) == ALL
 
 
 def test_slices_on_their_own_or_as_a_volume() -> None:

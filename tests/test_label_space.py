@@ -98,9 +98,15 @@ def test_logits_of_probabilities(space: LabelSpace, d: int) -> None:
 
 
 @DIMENSIONS
-def test_what_is_removed_becomes_background(d: int) -> None:
+def test_logits_that_decide_otherwise(d: int) -> None:
     logits = heads([[1.0, -2.0, 3.0], [2.0, 5.0, 0.0], [-1.0, 0.0, 1.0]], d)
     removed = row([0, 1, 0], d).bool()
-    assert torch.equal(CLASSES.without(logits, removed), heads([[1.0, 5.0, 3.0], [2.0, -2.0, 0.0], [-1.0, -2.0, 1.0]], d))
+    background = torch.zeros_like(removed, dtype=torch.int8)
+    assert torch.equal(CLASSES.deciding(logits, background, removed), heads([[1.0, 5.0, 3.0], [2.0, -2.0, 0.0], [-1.0, -2.0, 1.0]], d))
     one = heads([[0, 0, 0], [0, 1, 0], [0, 0, 1]], d).bool()
-    assert torch.equal(REGIONS.without(logits, one), heads([[1.0, -2.0, 3.0], [2.0, -5.0, 0.0], [-1.0, 0.0, -1.0]], d))
+    assert torch.equal(REGIONS.deciding(logits, one & False, one), heads([[1.0, -2.0, 3.0], [2.0, -5.0, 0.0], [-1.0, 0.0, -1.0]], d))
+    second = torch.where(removed, 2, CLASSES.decide(CLASSES.probabilities(logits), 0.0).labels)
+    decided = CLASSES.deciding(logits, second, removed)
+    assert torch.equal(decided, heads([[1.0, -2.0, 3.0], [2.0, -2.0, 0.0], [-1.0, 5.0, 1.0]], d))
+    inside = REGIONS.deciding(logits, heads([[1, 1, 1]] * 3, d), heads([[1, 1, 0]] * 3, d).bool())
+    assert torch.equal(inside, heads([[1.0, 2.0, 3.0], [2.0, 5.0, 0.0], [1.0, 0.0, 1.0]], d))

@@ -40,7 +40,9 @@ from nnunetv2_cmems.trainers.prediction import predict_like_folds, predict_with_
 from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
-AS_PREDICTED = {"at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}
+AS_PREDICTED = {
+    "at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False, "outlines": False
+}  # fmt: skip
 ON: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
 
 
@@ -221,6 +223,98 @@ def test_labels_grow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prep
         labels = np.load(folder(workspace) / "epoch_1" / f"{UNLABELLED[0]}.npy")
         assert bool((labels == 1).all()) == grown == bool(seen)
     assert len(seen) == len(UNLABELLED) and all(reach == 8 and planar for _, _, reach, _, _, planar in seen)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "whole"),
+    [
+        (lambda workspace: {}, False),
+        (lambda workspace: {}, True),
+        (with_regions, False),
+        (in_three_dimensions, False),
+        (in_three_dimensions, True),
+    ],
+    ids=["slice", "volume", "regions", "slice of thick ones", "volume of thick slices"],
+)
+def test_what_grows_beyond_its_annotated_border_does_not_grow(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Workspace], dict[str, Any]], whole: bool
+) -> None:
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(rounds, "ends_at_edges", lambda *arguments: (given.append(arguments), (False,) * 3)[1])
+    monkeypatch.setattr(rounds, "grow", lambda *arguments: pytest.fail("nothing may grow"))
+    exemplar = {"case": EXEMPLAR["case"]} if whole else EXEMPLAR
+    workspace.configure(**{**ON, "exemplar": [exemplar], "scan_labels": {"at": [0.5], "atlases": 0}})
+    workspace.train(**prepare(workspace))
+    ((shown, reach, _, _, planar),) = given
+    assert reach == pytest.approx(0.07 * 32) and planar
+    label, image = workspace.label(EXEMPLAR["case"])[0], workspace.image(EXEMPLAR["case"])
+    slices = [z for z in range(len(label)) if label[z].any()] if whole else [EXEMPLAR["slice"]]
+    assert len(shown) == len(slices)
+    for (found, seen), z in zip(shown, slices):
+        assert np.array_equal(found.numpy(), image[:, z : z + 1]) and seen.shape == (1, *label.shape[1:])
+        assert (np.maximum(seen[0].numpy(), 0) != label[z]).sum() <= 0.1 * (label[z] > 0).sum()
+
+
+class Drawing:
+    """In place of outlines: all is of the first class, or in every region."""
+
+    seen: list[tuple[int, ...]]
+    radius = 0.0, 9.0, 0.0
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def drawn(self, labels: Tensor, image: Tensor, space: Any) -> Tensor:
+        assert labels.shape[-3:] == image.shape[1:]
+        self.seen.append(tuple(labels.shape))
+        return torch.ones_like(labels)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "config", "expected"),
+    [
+        (lambda workspace: {}, {}, True),
+        (with_regions, {}, True),
+        (in_three_dimensions, {}, True),
+        (lambda workspace: {}, {"outlines": False}, False),
+    ],
+    ids=["classes", "regions", "thick slices", "off"],
+)
+def test_labels_have_outlines(
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    prepare: Callable[[Workspace], dict[str, Any]],
+    config: dict[str, Any],
+    expected: bool,
+) -> None:
+    """They come last. What they look like is learned from the annotated slice, as it lies in the preprocessed scan."""
+    drawing, given = Drawing(), []
+    monkeypatch.setattr(rounds.Outlines, "of", lambda labels, space: (given.extend(labels), drawing)[1])
+    workspace.configure(**{**ON, "refine_predictions": False, "scan_labels": {**AS_PREDICTED, "outlines": True, **config}})
+    trainer = workspace.make(**prepare(workspace))
+    trainer.on_train_end = lambda: None
+    trainer.run_training()
+    labels = np.load(Path(trainer.output_folder) / "scan_labels" / "epoch_1" / f"{UNLABELLED[0]}.npy")
+    assert bool((labels == 1).all()) == expected and len(drawing.seen) == (len(UNLABELLED) if expected else 0)
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert (f"drawn along their outlines in other scans: {trainer.label_space.names[1]};" in log) == expected
+    if expected:
+        (label,) = given
+        truth = workspace.label(EXEMPLAR["case"])[0, EXEMPLAR["slice"]]
+        assert label.shape == truth.shape and (np.maximum(label, 0) != truth).sum() <= 0.1 * (truth > 0).sum(), "interpolated otherwise"
+
+
+@pytest.mark.usefixtures("trusting")
+@pytest.mark.parametrize("deep", [False, True], ids=["2d", "3d"])
+def test_outlines_are_learned_from_every_slice_of_a_volume(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, deep: bool) -> None:
+    """And where the volume is registered, nothing is drawn: registration tells the shape."""
+    drawing, given = Drawing(), []
+    monkeypatch.setattr(rounds.Outlines, "of", lambda labels, space: (given.extend(labels), drawing)[1])
+    workspace.configure(**{**WHOLE, "refine_predictions": False})
+    trainer = workspace.train(**(in_three_dimensions(workspace) if deep else {}))
+    shown = [label for label in workspace.label(EXEMPLAR["case"])[0] if label.any()]
+    assert len(given) == len(shown) and all(np.array_equal(*pair) for pair in zip(given, shown))
+    assert trainer._scan_labels.atlases and not drawing.seen
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ OPEN = 0.5
 """Share of its border that an organ has against the background in the annotated slices, if it is to grow into it. Of what lies between
 organs (a wall) background that looks the same is seldom a missing part: on ACDC one grown voxel of the myocardium in four was right."""
 
+MOST_BEYOND = 1.1
+"""Size of an annotated organ, grown in its own image, as a multiple of what is annotated, up to which edges tell where it ends."""
+
 MOST_VOXELS = 2 * 10**6
 """Around the organs of one slice or volume; of a larger one every second (third, ...) voxel along each axis takes part, as memory grows
 with their number."""
@@ -81,6 +84,25 @@ def borders_on_background(labels: Sequence[np.ndarray], space: LabelSpace) -> tu
             ring = ndimage.binary_dilation(organ) & ~organ & (label >= 0)
             borders[:, index] += (ring & background).sum(), ring.sum()
     return tuple(bool(open_ >= OPEN * all_) for open_, all_ in borders.T)
+
+
+def ends_at_edges(
+    annotated: Sequence[tuple[Tensor, Tensor]], reach: float, may_grow: Sequence[bool], space: LabelSpace, planar: bool
+) -> tuple[bool, ...]:
+    """Which of the classes or regions that may grow do not do so beyond their annotated border, in the annotated images themselves.
+
+    Where an organ and what lies around it look alike, a right border is left behind as a wrong one is.
+
+    Args:
+        annotated: images (C, Z, Y, X) and label maps (Z, Y, X), negative where nothing is annotated.
+        reach: as for :func:`grow`, and so what follows.
+    """
+    sizes = torch.zeros(2, len(may_grow))
+    for image, label in annotated:
+        target = space.target(label[None].long())
+        for row, labels in enumerate((target[0], grow(target[0].to(torch.int8), image, reach, may_grow, space, planar))):
+            sizes[row] += torch.stack([(mask[0] & (label >= 0)).sum() for mask in space.masks(labels[None])])
+    return tuple(may and bool(grown <= MOST_BEYOND * size) for may, size, grown in zip(may_grow, *sizes))
 
 
 def _grown(labels: Tensor, image: Tensor, reach: float, organs: Collection[int], planar: bool) -> Tensor:

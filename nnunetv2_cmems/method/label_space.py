@@ -48,10 +48,10 @@ class LabelSpace(ABC):
         """Logits of which :meth:`probabilities` makes these, (B, heads, *spatial); finite, also in half precision."""
 
     @abstractmethod
-    def without(self, logits: Tensor, removed: Tensor) -> Tensor:
-        """Logits (B, heads, *spatial) that decide for the background where ``removed`` (bool, as labels in head space) is set.
+    def deciding(self, logits: Tensor, labels: Tensor, changed: Tensor) -> Tensor:
+        """Logits (B, heads, *spatial) that decide for ``labels`` where ``changed`` (bool, both as labels in head space) is set.
 
-        The background is as sure there as what was decided for before.
+        They are as sure there as they were of what was decided for before.
         """
 
     @abstractmethod
@@ -99,10 +99,9 @@ class Classes(LabelSpace):
     def logits(self, probabilities: Tensor) -> Tensor:
         return probabilities.clamp_min(_LEAST).log()
 
-    def without(self, logits: Tensor, removed: Tensor) -> Tensor:
+    def deciding(self, logits: Tensor, labels: Tensor, changed: Tensor) -> Tensor:
         least, most = logits.aminmax(dim=1, keepdim=True)
-        background = torch.cat([most, least.expand_as(logits[:, 1:])], 1)
-        return torch.where(removed[:, None], background, logits)
+        return torch.where(changed[:, None], least.expand_as(logits).scatter(1, labels[:, None].long(), most), logits)
 
     def foreground_logits(self, logits: Tensor) -> Tensor:
         return logits[:, 1:].amax(1) - logits[:, 0]
@@ -146,8 +145,8 @@ class Regions(LabelSpace):
     def logits(self, probabilities: Tensor) -> Tensor:
         return probabilities.clamp(_LEAST, 1 - _LEAST).logit()
 
-    def without(self, logits: Tensor, removed: Tensor) -> Tensor:
-        return torch.where(removed, -logits.abs(), logits)
+    def deciding(self, logits: Tensor, labels: Tensor, changed: Tensor) -> Tensor:
+        return torch.where(changed, torch.where(labels > 0, logits.abs(), -logits.abs()), logits)
 
     def foreground_logits(self, logits: Tensor) -> Tensor:
         return logits.amax(1)

@@ -20,6 +20,7 @@ from torch import Tensor
 from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
+from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.perturbations import blur
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.propagation import propagate
@@ -52,19 +53,23 @@ class Refinement:
         single: what is one connected piece, from :func:`in_one_piece`.
         share: which other pieces are kept, see :func:`largest_pieces`.
         places: where organs lie; None: it is not known, or does not count.
+        outlines: which organs are round; None: none is, or it does not count.
     """
 
     config: ScanLabelsConfig
     single: tuple[bool, ...]
     share: float
     places: Places | None = None
+    outlines: Outlines | None = None
 
     def to_tensor(self) -> Tensor:
-        """(4 + number F of classes or regions + 1 + 1,), with places 6 F + 1 more, to be kept with the networks' weights."""
+        """(4 + number F of classes or regions + 1 + 1,), with places 6 F + 1 more and with outlines F (F + 2) more, to be kept with the
+        networks' weights."""
         config = self.config
         numbers = config.appearance, config.smoothing, config.largest_piece, self.share
         places = [] if self.places is None else self.places.numbers()
-        return torch.tensor([*map(float, numbers), *map(float, self.single), float(config.propagation), *places])
+        outlines = [] if self.outlines is None else self.outlines.numbers()
+        return torch.tensor([*map(float, numbers), *map(float, self.single), float(config.propagation), *places, *outlines])
 
     @classmethod
     def from_tensor(cls, stored: Tensor, space: LabelSpace) -> Refinement:
@@ -72,12 +77,17 @@ class Refinement:
         ``propagation``, and do without what comes then."""
         appearance, smoothing, largest_piece, share, *others = stored.tolist()
         parts = 1 + len(space.names)
-        single, places = others[:parts], others[parts + 1 :]
+        single, rest = others[:parts], others[parts + 1 :]
         propagation = others[parts] if len(others) > parts else 0.0
+        of_outlines = len(space.names) * (len(space.names) + 2)
+        without_places = len(rest) in (0, of_outlines)  # with places 6 F + 1, which is never as many
+        places, outlines = ([], rest) if without_places else (rest[: 6 * len(space.names) + 1], rest[6 * len(space.names) + 1 :])
         config = ScanLabelsConfig(
             appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece), propagation=propagation
         )
-        return cls(config, tuple(map(bool, single)), share, Places.from_numbers(places) if places else None)
+        known_places = Places.from_numbers(places) if places else None
+        known_outlines = Outlines.from_numbers(outlines) if outlines else None
+        return cls(config, tuple(map(bool, single)), share, known_places, known_outlines)
 
     def propagates(self, planar: bool) -> bool:
         """Whether slices that members agree on count for others: only where slices are apart from each other."""
@@ -107,6 +117,10 @@ class Refinement:
         """Decisions about a scan without small pieces, int8 (Z, Y, X) or (R, Z, Y, X); arguments as for :func:`refine`."""
         return self._large_pieces(_decided(refine(probabilities, image, self.config, space, planar), space), space)
 
+    def outlined(self, labels: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+        """Labels of :meth:`labels` with round organs drawn along edges; slices are looked at, so only where they are apart."""
+        return labels if self.outlines is None or not planar else self.outlines.drawn(labels, image, space)
+
     def _large_pieces(self, labels: Tensor, space: LabelSpace) -> Tensor:
         return largest_pieces(labels, self.single, self.share, space) if self.config.largest_piece else labels
 
@@ -115,8 +129,8 @@ class Refinement:
     ) -> Tensor:
         """Refined logits of a scan (heads, Z, Y, X), from the networks'. What is not near foreground stays as it is.
 
-        Where a piece is removed, the background is as sure as the organ was. With ``agreement``, (F, Z), slices follow each other, see
-        :meth:`settled`.
+        Where a piece is removed, or an outline is drawn anew, what comes is as sure as what was there. With ``agreement``, (F, Z), slices
+        follow each other, see :meth:`settled`.
         """
         margin = self.margin(agreement)
         box = surroundings(space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if planar else margin, margin, margin])
@@ -127,9 +141,9 @@ class Refinement:
         probabilities = self.settled(probabilities, image[place], agreement, box[0], space)
         probabilities = refine(probabilities, image[place], self.config, space, planar)
         labels = _decided(probabilities, space)
-        removed = labels != self._large_pieces(labels, space)
+        drawn = self.outlined(self._large_pieces(labels, space), image[place], space, planar)
         refined = logits.to(torch.float32, copy=True)
-        refined[place] = space.without(space.logits(probabilities[None]), removed[None])[0]
+        refined[place] = space.deciding(space.logits(probabilities[None]), drawn[None], (labels != drawn)[None])[0]
         return refined
 
 

@@ -152,12 +152,13 @@ def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stu
         "as predicted": {
             "scan_labels": {
                 "atlases": 0, "places": False, "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0,
-                "largest_piece": False,
+                "largest_piece": False, "outlines": False,
             }
         },
-        "refined": {"scan_labels": {"atlases": 0, "places": False, "propagation": 0.0, "growth": 0.0}},
-        "refined and grown": {"scan_labels": {"atlases": 0, "places": False, "propagation": 0.0}},
-        "with propagation": {"scan_labels": {"atlases": 0, "places": False}},
+        "refined": {"scan_labels": {"atlases": 0, "places": False, "outlines": False, "propagation": 0.0, "growth": 0.0}},
+        "refined and grown": {"scan_labels": {"atlases": 0, "places": False, "outlines": False, "propagation": 0.0}},
+        "with propagation": {"scan_labels": {"atlases": 0, "places": False, "outlines": False}},
+        "with outlines": {"scan_labels": {"atlases": 0, "places": False}},
         "with places": {"scan_labels": {"atlases": 0}},
         "with atlases": {},
     }  # fmt: skip

@@ -1,9 +1,9 @@
 """Labels of whole unlabelled scans, made before a training by registration of annotated volumes, and by the members in its midst.
 
 A round of the members is: predict each scan, keep organs to their places, carry the prediction from slices that members agree on to the
-others, take the mean with what annotated volumes say, refine it by the scan's own grey values, keep the largest pieces, write the labels
-down. From the next batch on the loader hands them out. No random numbers are drawn, and what was made for later epochs than those that a
-checkpoint has behind it is made again, so that a training that goes on ends as one without a break.
+others, take the mean with what annotated volumes say, refine it by the scan's own grey values, keep the largest pieces, draw round organs
+along their outlines, write the labels down. From the next batch on the loader hands them out. No random numbers are drawn, and what was
+made for later epochs than those that a checkpoint has behind it is made again, so that a training that goes on ends as one without a break.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.atlas import Atlas, carried
 from nnunetv2_cmems.method.boxes import surroundings
-from nnunetv2_cmems.method.growth import borders_on_background, grow
+from nnunetv2_cmems.method.growth import borders_on_background, ends_at_edges, grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import Objective, batch_sizes, overlap, passes_per_step
+from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.places import Places
+from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
 from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.prediction import is_planar, predict_for, predict_like_folds, predicting
@@ -58,6 +60,9 @@ LEAST_PROBABILITY = 0.0025
 
 FEWEST_REGISTERED = 0.25
 """Share of the scans to which this must succeed. Else the organs do not keep their arrangement, or the scans show too different parts."""
+
+MOST_SHOWN = 5
+"""Annotated scans, chosen at random, that say which organs are round and which end at edges."""
 
 MOST_THREADS = 4
 """That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
@@ -97,12 +102,17 @@ class ScanLabels:
         # windows in space show where they are
         placed = self._config.places and (self._planar or self._config.in_space)
         places = Places.of(volumes, some, self._space, not resampled) if placed else None
-        self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE, places)
+        shown = annotated_slices(trainer.exemplars, MOST_SHOWN) if self._planar else annotated_volumes(trainer.exemplars, MOST_SHOWN)
+        outlined = self._config.outlines and self._planar
+        outlines = Outlines.of([label[0].numpy() for _, label in shown], self._space) if outlined else None
+        self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE, places, outlines)
         # what networks say at the end of a training is more exact than what they say in its midst
         finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
         self.prediction_refinement = dataclasses.replace(self.refinement, config=finer)
-        self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
         self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
+        self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
+        if self._reach > 0:
+            self._open = ends_at_edges(shown, self._reach, self._open, self._space, self._planar)
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
         self._config_without: CMEMSConfig | None = None  # the objective's, where no scan has a label before the members make it
@@ -296,6 +306,8 @@ class ScanLabels:
             grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
             mixed = torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH)
             labels = self.refinement.labels(mixed, image, self._space, self._planar)
+        if said is None:
+            labels = self.refinement.outlined(labels, image, self._space, self._planar)
         whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
         return whole.numpy()
 
@@ -340,6 +352,38 @@ def whole_volumes(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -
         if _is_whole(slices, case, dataset):
             found.append(np.stack([slices[index] for index in sorted(slices) if (slices[index] > 0).any()]))
     return found
+
+
+def annotated_slices(exemplars: Sequence[Exemplar], most: int) -> list[tuple[Tensor, Tensor]]:
+    """Images (C, 1, Y, X) and label maps (1, Y, X), -1 where nothing is annotated, of all slices that show anything, of so many scans."""
+    found = []
+    cases = chosen({exemplar.case for exemplar in exemplars}, most)
+    for exemplar in (exemplar for exemplar in exemplars if exemplar.case in cases):
+        image, label = torch.from_numpy(exemplar.image), exemplar.label
+        if exemplar.index is not None:
+            slices = {0: label}
+            image = image[:, None]
+        elif exemplar.plane is None:
+            slices = dict(enumerate(label))
+        else:
+            slices = _slices_of_plane(exemplar.plane, image.shape[1:])
+        found += [(image[:, z : z + 1], torch.from_numpy(label)[None]) for z, label in slices.items() if (label > 0).any()]
+    return found
+
+
+def annotated_volumes(exemplars: Sequence[Exemplar], most: int) -> list[tuple[Tensor, Tensor]]:
+    """Images (C, Z, Y, X) and label maps (Z, Y, X) of at most so many volumes that are annotated as a whole."""
+    whole = {exemplar.case: exemplar for exemplar in exemplars if exemplar.index is None and exemplar.plane is None}
+    return [(torch.from_numpy(whole[case].image), torch.from_numpy(whole[case].label)) for case in chosen(whole, most)]
+
+
+def _slices_of_plane(plane: AnnotatedPlane, shape: Sequence[int]) -> dict[int, np.ndarray]:
+    """The label maps (Y, X), -1 where it does not pass, of those slices of a volume (Z, Y, X) that an annotated slice may be."""
+    if plane.axis != 0:
+        return {}
+    around = np.arange(shape[0])[max(0, math.floor(plane.position) - 1) :][:4]
+    voxels = np.stack(np.meshgrid(around, *map(np.arange, shape[1:]), indexing="ij"), -1)
+    return dict(zip(around.tolist(), look_up([plane], torch.from_numpy(voxels)[None].float())[0].numpy()))
 
 
 def atlas_cases(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset, config: ScanLabelsConfig) -> list[str]:
@@ -416,6 +460,12 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
         trainer.print_to_log_file(
             "In unlabelled scans and in predictions organs are looked for where the annotated volumes show them, seen from their common "
             "middle; for what may lie anywhere, such as lesions, switch off 'scan_labels.places'."
+        )
+    if made is not None and made.refinement.outlines is not None:
+        names = [name for name, radius in zip(trainer.label_space.names, made.refinement.outlines.radius) if radius]
+        trainer.print_to_log_file(
+            f"Round in every annotated slice, and so drawn along their outlines in other scans: {', '.join(names)}; for what may have any "
+            "shape, such as lesions, switch off 'scan_labels.outlines'."
         )
     if not trainer.local_rank:
         if made is None or trainer.current_epoch == 0:

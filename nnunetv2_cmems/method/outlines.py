@@ -1,0 +1,226 @@
+"""Round organs, drawn along their outline in each slice.
+
+Networks that know an organ from one slice draw walls as thick as that slice's, within thicker ones and beyond thinner ones, with full
+confidence. Where every annotated slice shows an organ, with all that it encloses, as a convex disc, its outline is one smooth closed
+curve, and the edges of the scan itself say where: an optimal path in polar coordinates (as Sun & Pallottino, Pattern Recognition 36,
+2003, among many), near the one that is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+from skimage.draw import polygon2mask
+from skimage.morphology import convex_hull_image
+from torch import Tensor
+
+from nnunetv2_cmems.method.growth import OPEN
+from nnunetv2_cmems.method.label_space import LabelSpace, Regions
+
+ROUND = 0.95
+"""Share of its convex hull that an organ with what it encloses has in each annotated slice, if it is round."""
+
+NEARLY_ROUND = 0.85
+"""The same of what is drawn in a slice, if it is to be drawn anew: what is less round is no organ as it is known, but a mistake."""
+
+LEAST_OVERLAP = 0.75
+"""Dice of the new disc with the one that was drawn; what differs more is another edge's."""
+
+FEWEST = 12
+"""Pixels of a disc that has a shape."""
+
+# Lengths are in mean radii of the annotated disc, so that they hold at any resolution.
+_ANGLES = 72
+_STEP = 0.04  # along a ray
+_EDGE_WIDTH = 0.055  # sigma of the Gaussian whose gradient is taken
+_LEAST_EDGE_WIDTH = 0.7  # voxels
+_AWAY = 0.08  # least distance of an outline from what it encloses
+_WALL = 0.2  # how far from what it encloses edges begin to be in the way
+_BEHIND = 0.08  # an outline's own edge is not in its way
+_IN_THE_WAY = 6.3  # weight of the edges between what is enclosed and the outline, per mean radius
+_ROOM = 0.35  # deviation from the drawn radius, in mean radii of the drawn disc, that costs as much as an edge is worth
+_SMOOTHNESS = 1.0  # price of the square of a change by one step from ray to ray
+_MOST_STEPS = 2  # from ray to ray
+_NEVER = -1e3
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """What annotated slices say of the shape of each of the F classes or regions.
+
+    Attributes:
+        radius: mean radius, in voxels, of the disc that it makes with what it encloses; 0: that is not round.
+        open: whether the disc borders on background, mostly. The edge around what lies within another organ need not be where it is
+            annotated (the papillary muscles of the heart): of that only the hull is taken.
+        enclosed: the classes or regions within it, counted from 0 on.
+    """
+
+    radius: tuple[float, ...]
+    open: tuple[bool, ...]
+    enclosed: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, labels: Sequence[np.ndarray], space: LabelSpace) -> Outlines | None:
+        """From annotated slices, label maps (Y, X), negative where nothing is annotated; None where nothing is round, or none is there."""
+        if not labels:
+            return None
+        shown = [_masks(torch.from_numpy(np.asarray(label)).long(), space) for label in labels]
+        count = len(space.names)
+        sizes = np.sum([masks.sum((1, 2)) for masks in shown], 0)
+        filled = [[ndimage.binary_fill_holes(mask) for mask in masks] for masks in shown]
+        whole = np.sum([[disc.sum() for disc in discs] for discs in filled], 0)
+        within = np.sum([[[(disc & mask).sum() for mask in masks] for disc in discs] for discs, masks in zip(filled, shown)], 0)
+        enclosed = tuple(
+            tuple(k for k in range(count) if whole[k] < whole[outer] and 2 * within[outer, k] > sizes[k]) for outer in range(count)
+        )
+        radius, borders = [0.0] * count, [False] * count
+        for k in range(count):
+            discs = [(_union(masks, [k, *enclosed[k]]), label) for masks, label in zip(shown, labels) if masks[k].sum() >= FEWEST]
+            if not discs or min(_roundness(disc) for disc, _ in discs) < ROUND:
+                continue
+            radius[k] = float(np.mean([math.sqrt(disc.sum() / math.pi) for disc, _ in discs]))
+            rings = [(ndimage.binary_dilation(disc) & ~disc & (label >= 0), label) for disc, label in discs]
+            borders[k] = bool(sum((ring & (label == 0)).sum() for ring, label in rings) >= OPEN * sum(ring.sum() for ring, _ in rings))
+        return cls(tuple(radius), tuple(borders), enclosed) if any(radius) else None
+
+    def numbers(self) -> list[float]:
+        """F radii, F times whether it is open, F times F whether the second is enclosed in the first."""
+        within = [float(k in inner) for inner in self.enclosed for k in range(len(self.radius))]
+        return [*self.radius, *map(float, self.open), *within]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> Outlines:
+        """The inverse of :meth:`numbers`."""
+        count = math.isqrt(len(numbers) + 1) - 1
+        radius, borders, *rows = (tuple(numbers[first : first + count]) for first in range(0, len(numbers), count))
+        return cls(radius, tuple(map(bool, borders)), tuple(tuple(k for k in range(count) if row[k]) for row in rows))
+
+    def drawn(self, labels: Tensor, image: Tensor, space: LabelSpace) -> Tensor:
+        """Labels whose round organs have smooth outlines along edges, slice by slice. No random numbers are drawn.
+
+        What lies within other organs becomes its convex hull. The others get the closed curve along which grey values are steepest, less
+        what is in the way between it and what it encloses, near the border that is drawn. A disc stays as it is if less than
+        :data:`NEARLY_ROUND` of its hull is drawn, or of that of a round one within it, or if it would change too much. Discs take from
+        background, and from what encloses them.
+
+        Args:
+            labels: (Z, Y, X) classes, or (R, Z, Y, X) regions; integers.
+            image: (C, Z, Y, X), the preprocessed scan.
+            space: what the networks' heads mean.
+
+        Returns:
+            A tensor of the same shape.
+        """
+        found = labels.clone()
+        order = torch.arange(1, len(space.names) + 1)[:, None, None]
+        for index, grey in enumerate(image.mean(0).numpy()):
+            shown = labels[..., index, :, :]
+            if not shown.any():
+                continue
+            if isinstance(space, Regions):
+                found[:, index] = torch.from_numpy(self._in_slice((shown > 0).numpy(), grey, exclusive=False))
+            else:
+                masks = torch.from_numpy(self._in_slice((shown[None] == order).numpy(), grey, exclusive=True))
+                found[index] = (masks * order).sum(0)
+        return found
+
+    def _in_slice(self, masks: np.ndarray, grey: np.ndarray, exclusive: bool) -> np.ndarray:
+        """Masks (F, Y, X) of a slice (Y, X), with new discs; ``exclusive``: no pixel is in two."""
+        masks = masks.copy()
+        as_drawn = [_union(masks, [k, *inner]) for k, inner in enumerate(self.enclosed)]
+        fine = [disc.sum() >= FEWEST and _roundness(disc) >= NEARLY_ROUND for disc in as_drawn]
+        for k in sorted(range(len(masks)), key=lambda k: len(self.enclosed[k])):
+            inner = [other for other in self.enclosed[k] if masks[other].any()]
+            if not self.radius[k] or not fine[k] or not all(fine[other] for other in inner if self.radius[other]):
+                continue
+            core = _union(masks, inner)
+            disc = masks[k] | core
+            new = _hull(disc)
+            if self.open[k]:
+                new = _along_edges(new, core, grey, self.radius[k])
+                if 2 * (new & disc).sum() < LEAST_OVERLAP * (new.sum() + disc.sum()):
+                    continue
+            if exclusive:
+                around = [other for other, within in enumerate(self.enclosed) if k in within]
+                others = [other for other in range(len(masks)) if other not in (k, *inner, *around)]
+                new &= disc | ~_union(masks, others)
+                masks[around] &= ~new
+                new &= ~core
+            masks[k] = new
+        return masks
+
+
+def _masks(labels: Tensor, space: LabelSpace) -> np.ndarray:
+    """(F, Y, X), of a label map (Y, X)."""
+    return np.stack([mask[0].numpy() for mask in space.masks(space.target(labels[None]))])
+
+
+def _union(masks: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
+    return np.asarray(masks[list(chosen)].any(0))
+
+
+def _hull(mask: np.ndarray) -> np.ndarray:
+    """The convex hull of the pixels' centres; those on one line stay as they are."""
+    pixels = np.argwhere(mask)
+    if len(pixels) < 3 or np.linalg.matrix_rank(pixels - pixels[0]) < 2:
+        return mask
+    return np.asarray(convex_hull_image(mask, offset_coordinates=False))
+
+
+def _roundness(disc: np.ndarray) -> float:
+    """Share of its hull that a disc fills."""
+    return float(disc.sum() / max(1, _hull(disc).sum()))
+
+
+def _along_edges(disc: np.ndarray, core: np.ndarray, grey: np.ndarray, radius: float) -> np.ndarray:
+    """The convex disc (Y, X) along edges, from the one that is drawn and what it encloses; ``radius`` is that of the annotated one."""
+    centre = ndimage.center_of_mass(core if core.sum() >= FEWEST else disc)
+    edges = ndimage.gaussian_gradient_magnitude(grey, max(_LEAST_EDGE_WIDTH, _EDGE_WIDTH * radius))
+    near = ndimage.binary_dilation(disc, iterations=max(1, round(3 * _AWAY * radius)))
+    edges = edges / max(1e-3, float(np.percentile(edges[near], 90)))
+    drawn = _radii(disc, centre, radius)
+    rays = np.arange(0, 2 * drawn.max() + _WALL * radius, _STEP * radius)
+    inner = _radii(core, centre, radius)[:, None] if core.sum() >= FEWEST else np.zeros((_ANGLES, 1))
+    along = ndimage.map_coordinates(edges, _places(centre, rays), order=1, mode="nearest")
+    passed = np.cumsum(np.where(rays > inner + _WALL * radius, along, 0), 1) * _STEP
+    behind = round(_BEHIND / _STEP)
+    in_the_way = np.pad(passed, ((0, 0), (behind, 0)))[:, : len(rays)]
+    away = (rays - drawn[:, None]) / (_ROOM * max(radius / 3, float(drawn.mean())))
+    score = np.where(rays > inner + _AWAY * radius, along - _IN_THE_WAY * in_the_way - away**2, _NEVER)
+    curve = np.stack(_places(centre, rays[_best_path(score)][:, None]), -1)[:, 0]
+    return _hull(polygon2mask(disc.shape, curve))
+
+
+def _places(centre: Sequence[float], rays: np.ndarray) -> list[np.ndarray]:
+    """y and x (A, N) at these distances (N,), or (A, 1), from the centre, along each of the A rays."""
+    angles = np.arange(_ANGLES)[:, None] * (2 * np.pi / _ANGLES)
+    return [centre[0] + np.sin(angles) * rays, centre[1] + np.cos(angles) * rays]
+
+
+def _radii(disc: np.ndarray, centre: Sequence[float], radius: float) -> np.ndarray:
+    """(A,): how far a disc reaches along each ray."""
+    rays = np.arange(0, math.hypot(*disc.shape), _STEP * radius)
+    inside = ndimage.map_coordinates(disc.astype(np.float32), _places(centre, rays), order=1, mode="constant") > 0.5
+    last = np.where(inside.any(1), len(rays) - 1 - inside[:, ::-1].argmax(1), 0)
+    return rays[last] + _STEP * radius / 2
+
+
+def _best_path(score: np.ndarray) -> np.ndarray:
+    """(A,): the step along each ray of the closed path with the largest score (A, N), by dynamic programming over three turns."""
+    rays, steps = score.shape
+    moves = range(-_MOST_STEPS, _MOST_STEPS + 1)
+    total, origin = score[0], []
+    for ray in range(1, 3 * rays):
+        padded = np.pad(total, _MOST_STEPS, constant_values=2 * _NEVER)
+        reached = np.stack([padded[_MOST_STEPS + move :][:steps] - _SMOOTHNESS * move**2 for move in moves])
+        origin.append(reached.argmax(0) - _MOST_STEPS)
+        total = score[ray % rays] + reached.max(0)
+    path = [int(total.argmax())]
+    for moved in reversed(origin):
+        path.append(path[-1] + int(moved[path[-1]]))
+    return np.array(path[::-1])[rays : 2 * rays]

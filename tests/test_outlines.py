@@ -1,0 +1,208 @@
+"""Round organs are drawn along the edges of the scan; what is not round, or not drawn so, stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nnunetv2_cmems.config import ScanLabelsConfig
+from nnunetv2_cmems.method import outlines
+from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
+from nnunetv2_cmems.method.outlines import Outlines
+from nnunetv2_cmems.method.refinement import Refinement
+
+CLASSES = Classes(("cavity", "wall", "crescent"))
+REGIONS = Regions(("heart", "cavity"), None, ((1, 2), (1,)))
+SPACES = pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
+SHAPE = 64, 72
+MIDDLE = 30.0, 38.0
+
+
+def disc(radius: float, middle: tuple[float, float] = MIDDLE, shape: tuple[int, int] = SHAPE) -> Tensor:
+    y, x = (torch.arange(n) - m for n, m in zip(shape, middle))
+    return y[:, None] ** 2 + x[None] ** 2 < radius**2
+
+
+def heart(cavity: float, wall: float, crescent: bool = True) -> Tensor:
+    """(Y, X): a cavity within a wall, both of these radii, and a crescent to their left."""
+    label = torch.zeros(SHAPE, dtype=torch.int8)
+    if crescent:
+        label[disc(11, (30, 24))] = 3
+    label[disc(wall)] = 2
+    label[disc(cavity)] = 1
+    return label
+
+
+def scan(truth: Tensor, levels: tuple[float, ...] = (1.0, 1.5, 0.0, 1.5), noise: float = 0.05) -> Tensor:
+    """(1, Z, Y, X): the wall is dark, the cavity bright."""
+    return (torch.tensor(levels)[truth.long()] + noise * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0)))[None]
+
+
+def heads(labels: Tensor, space: LabelSpace) -> Tensor:
+    return space.target(labels[None].long())[0].to(torch.int8)
+
+
+def dice(a: Tensor, b: Tensor) -> float:
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+EXEMPLAR = heart(8, 13)
+KNOWN = {space: Outlines.of([EXEMPLAR.numpy()], space) for space in (CLASSES, REGIONS)}
+
+
+def known(space: LabelSpace) -> Outlines:
+    found = KNOWN[space]
+    assert found is not None
+    return found
+
+
+def wall(labels: Tensor, space: LabelSpace) -> Tensor:
+    return labels == 2 if space is CLASSES else (labels[0] > 0) & (labels[1] == 0)
+
+
+def test_what_the_annotated_slices_show() -> None:
+    """A wall is round with what it encloses, a crescent is not."""
+    found = known(CLASSES)
+    assert found.enclosed == ((), (0,), ()) and found.open == (False, True, False)
+    assert found.radius == (pytest.approx(8, rel=0.03), pytest.approx(13, rel=0.03), 0)
+    assert known(REGIONS).enclosed == ((1,), ()) and known(REGIONS).open == (True, False)
+    assert Outlines.of([torch.where(EXEMPLAR == 3, EXEMPLAR, 0).numpy()], CLASSES) is None, "nothing is round"
+    assert Outlines.of([], CLASSES) is None
+    twice = Outlines.of([EXEMPLAR.numpy(), torch.where(disc(20) & (EXEMPLAR == 0), 3, EXEMPLAR).numpy()], CLASSES)
+    assert twice is not None and twice.open == (False, False, False), "most of its border is the crescent's"
+    torn = EXEMPLAR.clone()
+    torn[24:38, 38:] = 0
+    assert Outlines.of([EXEMPLAR.numpy(), torn.numpy()], CLASSES) is None, "one slice in which it is not round is enough"
+
+
+def test_what_is_not_annotated_is_no_background() -> None:
+    unknown = torch.where((EXEMPLAR == 0) & (torch.arange(72) > 30), -1, EXEMPLAR)
+    found = Outlines.of([unknown.numpy()], CLASSES)
+    assert found is not None and not found.open[1], "the border that is seen is the crescent's"
+
+
+@SPACES
+def test_numbers(space: LabelSpace) -> None:
+    assert Outlines.from_numbers(known(space).numbers()) == known(space)
+    assert len(known(space).numbers()) == len(space.names) * (len(space.names) + 2)
+
+
+@SPACES
+@pytest.mark.parametrize("drawn", [10.5, 16.5], ids=["too thin", "too thick"])
+def test_a_wall_ends_at_the_edge(space: LabelSpace, drawn: float) -> None:
+    truth = torch.stack([heart(6, 13, crescent=False), heart(8, 14, crescent=False)])
+    before = heads(torch.stack([heart(6, drawn, crescent=False), heart(8, drawn + 1, crescent=False)]), space)
+    after = known(space).drawn(before, scan(truth), space)
+    assert after.shape == before.shape and after.dtype == before.dtype
+    for z in (0, 1):
+        was, is_ = (dice(wall(labels, space)[z], truth[z] == 2) for labels in (before, after))
+        assert was < 0.8 and is_ > 0.92
+    assert torch.equal(after == 1, before == 1) if space is CLASSES else torch.equal(after[1], before[1]), "what it encloses stays"
+
+
+def test_half_of_a_border_that_shows_no_edge_is_bridged() -> None:
+    truth = heart(6, 13, crescent=False)[None]
+    image = scan(truth)
+    image[..., 38:] = torch.where(truth[..., 38:] == 0, 0.1, image[..., 38:])  # as dark as the wall
+    after = known(CLASSES).drawn(heart(6, 11, crescent=False)[None], image, CLASSES)
+    assert dice(after == 2, truth == 2) > 0.85
+
+
+@SPACES
+def test_what_lies_within_becomes_its_hull(space: LabelSpace) -> None:
+    truth = heart(8, 13, crescent=False)
+    notched = truth.clone()
+    notched[29:32, 42:47] = 2  # a papillary muscle
+    after = known(space).drawn(heads(notched[None], space), scan(truth[None]), space)
+    cavity = after == 1 if space is CLASSES else after[1] > 0
+    assert dice(cavity[0], truth == 1) > dice(notched == 1, truth == 1) + 0.02 and dice(cavity[0], truth == 1) > 0.98
+
+
+def test_neighbours_keep_what_they_have() -> None:
+    before = heart(8, 11)[None]
+    after = known(CLASSES).drawn(before, scan(heart(8, 14)[None]), CLASSES)
+    assert torch.equal(after == 3, before == 3) and (after == 2).sum() > 1.5 * (before == 2).sum()
+
+
+def test_what_is_not_drawn_round_stays() -> None:
+    truth = heart(8, 13, crescent=False)
+    torn = truth.clone()
+    torn[26:, 36:] = 0
+    spread = truth.clone()
+    spread[28:32] = 2
+    hole = truth.clone()
+    hole[disc(8) & (torch.arange(72) > 34)] = 2  # of what it encloses little is left, a sickle
+    hole[disc(7, (30, 34))] = 2
+    tiny = heart(0, 1.5, crescent=False)
+    line = torch.diag(torch.ones(72))[:64].to(truth.dtype) * 2
+    labels = torch.stack([torn, spread, hole, tiny, line, truth * 0])
+    assert torch.equal(known(CLASSES).drawn(labels, scan(truth.expand_as(labels)), CLASSES), labels)
+
+
+def test_another_edge_is_not_taken() -> None:
+    """The only edge is that of something much larger."""
+    labels = heart(0, 13, crescent=False)[None]
+    image = scan(heart(0, 29, crescent=False)[None], noise=0.0)
+    after = known(CLASSES).drawn(labels, image, CLASSES)
+    assert dice(after == 2, labels == 2) > 0.9
+
+
+def test_without_edges_nothing_moves() -> None:
+    labels = heart(8, 12, crescent=False)[None]
+    after = known(CLASSES).drawn(labels, torch.zeros(1, *labels.shape), CLASSES)
+    assert dice(after == 2, labels == 2) > 0.97 and torch.equal(after == 1, labels == 1)
+
+
+def test_the_resolution_does_not_count() -> None:
+    truth, drawn = heart(7, 14, crescent=False), heart(7, 11, crescent=False)
+    fine = Outlines(tuple(2 * radius for radius in known(CLASSES).radius), known(CLASSES).open, known(CLASSES).enclosed)
+    twice = [label.repeat_interleave(2, 0).repeat_interleave(2, 1)[None] for label in (drawn, truth)]
+    after = fine.drawn(twice[0], scan(twice[1]), CLASSES)
+    assert dice(after == 2, twice[1] == 2) > 0.93
+
+
+def test_the_best_path_is_closed() -> None:
+    """It follows a ridge of scores through the first ray, and takes no shortcut across a gap."""
+    rays, steps = 72, 50
+    ridge = np.round(25 + 12 * np.sin(np.arange(rays) / rays * 2 * np.pi)).astype(int)
+    score = np.zeros((rays, steps))
+    score[np.arange(rays), ridge] = 5
+    found = outlines._best_path(score)
+    assert np.abs(found - ridge).max() <= 1 and abs(found[0] - found[-1]) <= 2
+    score[10:14] = 0
+    assert np.abs(outlines._best_path(score) - ridge).max() <= 3
+
+
+def test_two_calls_draw_the_same() -> None:
+    labels, image = heart(6, 11)[None], scan(heart(6, 13)[None])
+    first, second = (known(CLASSES).drawn(labels, image, CLASSES) for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(labels, heart(6, 11)[None])
+
+
+# ------------------------------------------------------------------ with the refinement
+
+
+def rule(space: LabelSpace, on: bool = True) -> Refinement:
+    config = ScanLabelsConfig(appearance=0.0, smoothing=0.0, largest_piece=False)
+    return Refinement(config, (True,) * (1 + len(space.names)), 1.0, None, known(space) if on else None)
+
+
+@SPACES
+@pytest.mark.parametrize("planar", [True, False])
+def test_predictions_have_outlines_where_slices_are_apart(space: LabelSpace, planar: bool) -> None:
+    truth, drawn = heart(6, 13, crescent=False)[None], heart(6, 10, crescent=False)[None]
+    logits = space.logits(0.9 * space.certain(space.target(drawn[None].long())) + 0.02)[0]
+    after = rule(space).logits(logits, scan(truth), space, planar)
+    without = rule(space, on=False).logits(logits, scan(truth), space, planar)
+    decided = space.decide(space.probabilities(after[None]), 0.0).labels[0].to(torch.int8)
+    assert torch.equal(after, without) != planar
+    assert torch.isfinite(after).all() and torch.equal(decided, rule(space).outlined(heads(drawn, space), scan(truth), space, planar))
+
+
+@SPACES
+def test_outlines_are_kept_with_the_weights(space: LabelSpace) -> None:
+    found = Refinement.from_tensor(rule(space).to_tensor(), space).outlines
+    assert found is not None and found.numbers() == pytest.approx(known(space).numbers())
+    assert Refinement.from_tensor(rule(space, on=False).to_tensor(), space).outlines is None
