@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -238,8 +240,28 @@ def test_a_refinement_is_kept_with_the_weights(single: tuple[bool, ...]) -> None
     assert (again.single, again.share) == (single, 0.5)
     kept = ("appearance", "smoothing", "largest_piece", "propagation")
     assert all(getattr(again.config, name) == getattr(rule.config, name) for name in kept)
-    older = Refinement.from_tensor(rule.to_tensor()[:-1], space)  # of a checkpoint from before slices were propagated
-    assert older.config.propagation == 0 and older.single == single
+    assert (again.places, again.outlines, again.reach, any(again.grows)) == (None, None, 0.0, False)
+    older = Refinement.from_tensor(rule.to_tensor()[: 4 + len(single)], space)  # of a checkpoint from before slices were propagated
+    assert older.config.propagation == 0 and older.single == single and older.reach == 0
+    growing = dataclasses.replace(rule, grows=(True, *[False] * (len(single) - 2)), reach=2.5)
+    again = Refinement.from_tensor(growing.to_tensor(), space)
+    assert (again.grows, again.reach) == (growing.grows, 2.5)
+
+
+@pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
+def test_predictions_grow_to_the_next_edge(space: LabelSpace) -> None:
+    """An organ is drawn to its middle; with a reach of 0 it stays so."""
+    truth = (ball(24) == 1).long()
+    half = truth.clone()
+    half[..., 22:] = 0
+    logits, image = space.logits(says(half, space, 0.99)[None])[0], grey(truth)
+    config = ScanLabelsConfig(appearance=0.0, smoothing=0.5, largest_piece=False)
+    found = []
+    for reach in (0.0, 14.0):
+        rule = Refinement(config, (True,) * 3, 1.0, grows=(True, True), reach=reach)
+        probabilities = space.probabilities(rule.logits(logits, image, space, True)[None])[0]
+        found.append(dice(probabilities, truth, space)[-1 if space is REGIONS else 0])
+    assert found[0] < 0.77 and found[1] > 0.9
 
 
 def test_logits_follow_the_slices_that_members_agree_on() -> None:

@@ -213,10 +213,11 @@ def test_labels_are_the_members_refined_mean(workspace: Workspace, monkeypatch: 
 def test_labels_grow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Workspace], dict[str, Any]]) -> None:
     """What grows is refined again, together with what the members say; the reach is a share of the patch's side."""
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(rounds, "grow", lambda labels, *rest: (seen.append((labels, *rest)), torch.ones_like(labels))[1])
+    monkeypatch.setattr(refinement, "grow", lambda labels, *rest: (seen.append((labels, *rest)), torch.ones_like(labels))[1])
     config = {"appearance": 0.0, "smoothing": 0.0, "largest_piece": False}
     for growth, grown in ((0.0, False), (0.25, True)):
-        workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "growth": growth, **config}})
+        labels_of_scans = {"at": [0.5], "growth": growth, "outlines": False, **config}
+        workspace.configure(**{**ON, "refine_predictions": False, "scan_labels": labels_of_scans})
         trainer = workspace.make(**prepare(workspace))
         trainer.on_train_end = lambda: None
         trainer.run_training()
@@ -239,14 +240,17 @@ def test_labels_grow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prep
 def test_what_grows_beyond_its_annotated_border_does_not_grow(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Workspace], dict[str, Any]], whole: bool
 ) -> None:
+    """Nor does anything in predictions where a volume is annotated as a whole."""
     given: list[tuple[Any, ...]] = []
+    reach_of_the_patch = pytest.approx(0.07 * 32)
     monkeypatch.setattr(rounds, "ends_at_edges", lambda *arguments: (given.append(arguments), (False,) * 3)[1])
-    monkeypatch.setattr(rounds, "grow", lambda *arguments: pytest.fail("nothing may grow"))
+    monkeypatch.setattr(refinement, "grow", lambda *arguments: pytest.fail("nothing may grow"))
     exemplar = {"case": EXEMPLAR["case"]} if whole else EXEMPLAR
     workspace.configure(**{**ON, "exemplar": [exemplar], "scan_labels": {"at": [0.5], "atlases": 0}})
-    workspace.train(**prepare(workspace))
+    trainer = workspace.train(**prepare(workspace))
+    assert trainer._scan_labels.prediction_refinement.reach == (0.0 if whole else reach_of_the_patch)
     ((shown, reach, _, _, planar),) = given
-    assert reach == pytest.approx(0.07 * 32) and planar
+    assert reach == reach_of_the_patch and planar
     label, image = workspace.label(EXEMPLAR["case"])[0], workspace.image(EXEMPLAR["case"])
     slices = [z for z in range(len(label)) if label[z].any()] if whole else [EXEMPLAR["slice"]]
     assert len(shown) == len(slices)
@@ -416,7 +420,7 @@ def test_where_nothing_is_registered(workspace: Workspace, config: dict[str, Any
 def test_volumes_of_cubic_voxels_have_labels_by_registration(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Places do not count there, and nothing grows."""
     monkeypatch.setattr(rounds, "is_planar", lambda spacing: False)
-    monkeypatch.setattr(rounds, "grow", lambda *_: pytest.fail("registration tells how large organs are"))
+    monkeypatch.setattr(refinement, "grow", lambda *_: pytest.fail("registration tells how large organs are"))
     workspace.configure(**WHOLE)
     trainer = workspace.train(**in_three_dimensions(workspace))
     assert np.isfinite(logs(trainer)["scan_label_dice/mean"]).all() and trainer._scan_labels.refinement.places is None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method.boxes import surroundings
+from nnunetv2_cmems.method.growth import grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.perturbations import blur
@@ -38,6 +39,9 @@ NEAR = 0.02
 ROOM = 16
 """Voxels around what may be foreground that are looked at where slices are registered."""
 
+CONFIDENCE_IN_GROWTH = 0.7
+"""Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
+
 _SMOOTHING = 1.0  # sigma of the histograms' blur, in bins
 _FLOOR = 1e-2  # voxels that each bin has at least
 _LEAST_PRIOR = 1e-6
@@ -54,6 +58,8 @@ class Refinement:
         share: which other pieces are kept, see :func:`largest_pieces`.
         places: where organs lie; None: it is not known, or does not count.
         outlines: which organs are round; None: none is, or it does not count.
+        grows: which classes or regions grow, see :func:`~nnunetv2_cmems.method.growth.grow`; empty: none.
+        reach: how far, in voxels; 0: not at all.
     """
 
     config: ScanLabelsConfig
@@ -61,33 +67,43 @@ class Refinement:
     share: float
     places: Places | None = None
     outlines: Outlines | None = None
+    grows: tuple[bool, ...] = ()
+    reach: float = 0.0
 
     def to_tensor(self) -> Tensor:
-        """(4 + number F of classes or regions + 1 + 1,), with places 6 F + 1 more and with outlines F (F + 2) more, to be kept with the
-        networks' weights."""
+        """(4 + 1 + F + 1 + 6 F + 1 + F (F + 2) + F + 1,) for F classes or regions, to be kept with the networks' weights; of places and
+        outlines that are not known zeros."""
         config = self.config
         numbers = config.appearance, config.smoothing, config.largest_piece, self.share
-        places = [] if self.places is None else self.places.numbers()
-        outlines = [] if self.outlines is None else self.outlines.numbers()
-        return torch.tensor([*map(float, numbers), *map(float, self.single), float(config.propagation), *places, *outlines])
+        count = len(self.single) - 1
+        places = [0.0] * (6 * count + 1) if self.places is None else self.places.numbers()
+        outlines = [0.0] * (count * (count + 2)) if self.outlines is None else self.outlines.numbers()
+        grows = [*map(float, self.grows or [False] * count), self.reach]
+        single = map(float, self.single)
+        return torch.tensor([*map(float, numbers), *single, float(config.propagation), *places, *outlines, *grows])
 
     @classmethod
     def from_tensor(cls, stored: Tensor, space: LabelSpace) -> Refinement:
         """The inverse of :meth:`to_tensor`; other values of the config are the defaults. Older checkpoints end after ``single``, or after
         ``propagation``, and do without what comes then."""
         appearance, smoothing, largest_piece, share, *others = stored.tolist()
-        parts = 1 + len(space.names)
-        single, rest = others[:parts], others[parts + 1 :]
-        propagation = others[parts] if len(others) > parts else 0.0
-        of_outlines = len(space.names) * (len(space.names) + 2)
-        without_places = len(rest) in (0, of_outlines)  # with places 6 F + 1, which is never as many
-        places, outlines = ([], rest) if without_places else (rest[: 6 * len(space.names) + 1], rest[6 * len(space.names) + 1 :])
+        count = len(space.names)
+        single, propagation, rest = others[: 1 + count], others[1 + count : 2 + count], others[2 + count :]
+        places, rest = rest[: 6 * count + 1], rest[6 * count + 1 :]
+        outlines, rest = rest[: count * (count + 2)], rest[count * (count + 2) :]
+        grows, reach = rest[:count], rest[count:]
         config = ScanLabelsConfig(
-            appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece), propagation=propagation
+            appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece), propagation=sum(propagation)
         )
-        known_places = Places.from_numbers(places) if places else None
-        known_outlines = Outlines.from_numbers(outlines) if outlines else None
-        return cls(config, tuple(map(bool, single)), share, known_places, known_outlines)
+        return cls(
+            config,
+            tuple(map(bool, single)),
+            share,
+            Places.from_numbers(places) if any(places) else None,
+            Outlines.from_numbers(outlines) if any(outlines) else None,
+            tuple(map(bool, grows)),
+            sum(reach),
+        )
 
     def propagates(self, planar: bool) -> bool:
         """Whether slices that members agree on count for others: only where slices are apart from each other."""
@@ -111,14 +127,29 @@ class Refinement:
 
     def margin(self, agreement: Tensor | None) -> int:
         """How far around what may be foreground a scan is worked on, in voxels."""
-        return max(math.ceil(3 * self.config.smoothing) + 1, 0 if agreement is None else ROOM)
+        return max(math.ceil(3 * self.config.smoothing) + 1, 0 if agreement is None else ROOM, math.ceil(self.reach) + 2)
 
     def labels(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
-        """Decisions about a scan without small pieces, int8 (Z, Y, X) or (R, Z, Y, X); arguments as for :func:`refine`."""
+        """Decisions about a scan without small pieces, int8 (Z, Y, X) or (R, Z, Y, X); arguments as for :func:`refine`. Nothing grows, and
+        no outlines are drawn."""
         return self._large_pieces(_decided(refine(probabilities, image, self.config, space, planar), space), space)
 
-    def outlined(self, labels: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
-        """Labels of :meth:`labels` with round organs drawn along edges; slices are looked at, so only where they are apart."""
+    def drawn(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+        """As :meth:`labels`, of organs that have grown and that are drawn along their outlines."""
+        labels = self._large_pieces(_decided(self._grown(probabilities, image, space, planar), space), space)
+        return self._outlined(labels, image, space, planar)
+
+    def _grown(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+        """Refined probabilities of organs that have grown."""
+        refined = refine(probabilities, image, self.config, space, planar)
+        if not self.reach or not any(self.grows):
+            return refined
+        labels = self._large_pieces(_decided(refined, space), space)
+        grown = space.certain(grow(labels, image, self.reach, self.grows, space, planar)[None])[0]
+        return refine(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image, self.config, space, planar)
+
+    def _outlined(self, labels: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+        """Slices are looked at, so only where they are apart."""
         return labels if self.outlines is None or not planar else self.outlines.drawn(labels, image, space)
 
     def _large_pieces(self, labels: Tensor, space: LabelSpace) -> Tensor:
@@ -139,9 +170,9 @@ class Refinement:
         place = (slice(None), *box)
         probabilities = space.probabilities(logits[place][None])[0]
         probabilities = self.settled(probabilities, image[place], agreement, box[0], space)
-        probabilities = refine(probabilities, image[place], self.config, space, planar)
+        probabilities = self._grown(probabilities, image[place], space, planar)
         labels = _decided(probabilities, space)
-        drawn = self.outlined(self._large_pieces(labels, space), image[place], space, planar)
+        drawn = self._outlined(self._large_pieces(labels, space), image[place], space, planar)
         refined = logits.to(torch.float32, copy=True)
         refined[place] = space.deciding(space.logits(probabilities[None]), drawn[None], (labels != drawn)[None])[0]
         return refined

@@ -35,7 +35,7 @@ from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.atlas import Atlas, carried
 from nnunetv2_cmems.method.boxes import surroundings
-from nnunetv2_cmems.method.growth import borders_on_background, ends_at_edges, grow
+from nnunetv2_cmems.method.growth import borders_on_background, ends_at_edges
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import Objective, batch_sizes, overlap, passes_per_step
 from nnunetv2_cmems.method.outlines import Outlines
@@ -71,10 +71,6 @@ SHARE_OF_ATLASES = 0.65
 """Weight of the labels that annotated volumes give by registration, beside what the members say. So these only move a border where the
 grey values are on their side, too."""
 
-CONFIDENCE_IN_GROWTH = 0.7
-"""Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
-
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -105,14 +101,15 @@ class ScanLabels:
         shown = annotated_slices(trainer.exemplars, MOST_SHOWN) if self._planar else annotated_volumes(trainer.exemplars, MOST_SHOWN)
         outlined = self._config.outlines and self._planar
         outlines = Outlines.of([label[0].numpy() for _, label in shown], self._space) if outlined else None
-        self.refinement = Refinement(self._config, single, 1.0 if volumes else SHARE_OF_A_SLICE, places, outlines)
-        # what networks say at the end of a training is more exact than what they say in its midst
+        reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
+        open_ = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
+        grows = ends_at_edges(shown, reach, open_, self._space, self._planar) if reach else open_
+        share = 1.0 if volumes else SHARE_OF_A_SLICE
+        self.refinement = Refinement(self._config, single, share, places, outlines, grows, reach)
+        # what networks say at the end of a training is more exact than what they say in its midst; and those that have learned from a whole
+        # volume know more than one slice's shape
         finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
-        self.prediction_refinement = dataclasses.replace(self.refinement, config=finer)
-        self._reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
-        self._open = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
-        if self._reach > 0:
-            self._open = ends_at_edges(shown, self._reach, self._open, self._space, self._planar)
+        self.prediction_refinement = dataclasses.replace(self.refinement, config=finer, reach=0.0 if volumes else reach)
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
         self._config_without: CMEMSConfig | None = None  # the objective's, where no scan has a label before the members make it
@@ -286,7 +283,7 @@ class ScanLabels:
         ``known``, of the same shape, is what annotated volumes say, -1 where they know nothing.
         """
         whole = torch.zeros(image.shape[1:] if self.files.regions == 0 else logits.shape, dtype=torch.int8)
-        margin = max(self.refinement.margin(agreement), math.ceil(self._reach)) + 2
+        margin = self.refinement.margin(agreement) + 2
         somewhere = self._space.foreground_logits(logits[None])[0] > LEAST_LOGIT
         said = None if known is None else torch.from_numpy(known)
         if said is not None:
@@ -301,13 +298,9 @@ class ScanLabels:
             said = said[(*[slice(None)] * (said.ndim - 3), *box)]
             heads = self._space.certain(said.clamp_min(0)[None])[0]
             probabilities = torch.where(said >= 0, torch.lerp(probabilities, heads, SHARE_OF_ATLASES), probabilities)
-        labels = self.refinement.labels(probabilities, image, self._space, self._planar)
-        if self._reach > 0 and any(self._open) and said is None:  # registration tells how large an organ is
-            grown = self._space.certain(grow(labels, image, self._reach, self._open, self._space, self._planar)[None])[0]
-            mixed = torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH)
-            labels = self.refinement.labels(mixed, image, self._space, self._planar)
-        if said is None:
-            labels = self.refinement.outlined(labels, image, self._space, self._planar)
+        # registration tells how large an organ is
+        draw = self.refinement.drawn if said is None else self.refinement.labels
+        labels = draw(probabilities, image, self._space, self._planar)
         whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
         return whole.numpy()
 
