@@ -194,6 +194,7 @@ class ScanLabelsConfig:
         smoothing: sigma, in voxels, of the blur of what the members say; within slices for 2D configurations and thick slices. 0: none.
             Half of it where predictions are refined.
         growth: how far organs may grow over what no edge separates from them, as a fraction of the patch's shorter side. 0: not at all.
+            Organs that would grow beyond their border in the annotated images do not.
         largest_piece: keep only the largest connected piece of the foreground where the annotated volume's foreground is one piece, and
             so for each class. Where only slices are annotated, pieces at least half as large as the largest one are kept, too: a slice
             may show one of two organs.
@@ -282,9 +283,9 @@ class CMEMSConfig:
         synthesis: the operation Ω.
         feature_perturbation: channel dropout of the feature granularity.
         refine_predictions: predictions of whole scans keep organs to their places, follow the most certain slices and the grey values,
-            lose small pieces, and have round organs drawn along their outlines, as ``places``, ``propagation``, ``appearance``,
-            ``smoothing``, ``largest_piece`` and ``outlines`` of ``scan_labels`` say; where a training makes no labels of whole scans, its
-            predictions are not refined.
+            lose small pieces, grow (not where a volume is annotated as a whole), and have round organs drawn along their outlines, as
+            ``places``, ``propagation``, ``appearance``, ``smoothing``, ``largest_piece``, ``growth`` and ``outlines`` of ``scan_labels``
+            say; where a training makes no labels of whole scans, its predictions are not refined.
         scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.
