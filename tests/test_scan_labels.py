@@ -319,6 +319,9 @@ def test_outlines_are_learned_from_every_slice_of_a_volume(workspace: Workspace,
     shown = [label for label in workspace.label(EXEMPLAR["case"])[0] if label.any()]
     assert len(given) == len(shown) and all(np.array_equal(*pair) for pair in zip(given, shown))
     assert trainer._scan_labels.atlases and not drawing.seen
+    monkeypatch.setattr(rounds, "MOST_SLICES", 2)
+    some = rounds.annotated_slices(trainer.exemplars, 5)
+    assert len(some) == 2 < len(given) and all(any(np.array_equal(label[0].numpy(), one) for one in given) for _, label in some)
 
 
 @pytest.mark.parametrize(

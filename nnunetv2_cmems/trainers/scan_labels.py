@@ -64,6 +64,9 @@ FEWEST_REGISTERED = 0.25
 MOST_SHOWN = 5
 """Annotated scans, chosen at random, that say which organs are round and which end at edges."""
 
+MOST_SLICES = 50
+"""Of these, where slices are looked at: a large one takes seconds."""
+
 MOST_THREADS = 4
 """That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
 
@@ -73,6 +76,7 @@ grey values are on their side, too."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Chosen = TypeVar("Chosen", str, int)
 
 
 class ScanLabels:
@@ -309,8 +313,9 @@ def _of_this_process(trainer: Any, cases: Iterable[str]) -> list[str]:
     return list(cases)[trainer.local_rank :: distributed.count_processes()]
 
 
-def chosen(cases: Iterable[str], most: int) -> list[str]:
-    """``most`` cases at random, the same ones each time; sorted. Every second of sorted names may be of one kind, as are ACDC's frames."""
+def chosen(cases: Iterable[Chosen], most: int) -> list[Chosen]:
+    """``most`` cases (or numbers) at random, the same ones each time; sorted. Every second of sorted names may be of one kind, as are
+    ACDC's frames."""
     ordered = sorted(cases)
     return ordered if len(ordered) <= most else sorted(random.Random(0).sample(ordered, most))
 
@@ -348,7 +353,8 @@ def whole_volumes(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -
 
 
 def annotated_slices(exemplars: Sequence[Exemplar], most: int) -> list[tuple[Tensor, Tensor]]:
-    """Images (C, 1, Y, X) and label maps (1, Y, X), -1 where nothing is annotated, of all slices that show anything, of so many scans."""
+    """Images (C, 1, Y, X) and label maps (1, Y, X), -1 where nothing is annotated, of slices that show anything, of so many scans; of
+    more than :data:`MOST_SLICES` so many at random, the same ones each time."""
     found = []
     cases = chosen({exemplar.case for exemplar in exemplars}, most)
     for exemplar in (exemplar for exemplar in exemplars if exemplar.case in cases):
@@ -361,7 +367,7 @@ def annotated_slices(exemplars: Sequence[Exemplar], most: int) -> list[tuple[Ten
         else:
             slices = _slices_of_plane(exemplar.plane, image.shape[1:])
         found += [(image[:, z : z + 1], torch.from_numpy(label)[None]) for z, label in slices.items() if (label > 0).any()]
-    return found
+    return [found[index] for index in chosen(range(len(found)), MOST_SLICES)]
 
 
 def annotated_volumes(exemplars: Sequence[Exemplar], most: int) -> list[tuple[Tensor, Tensor]]:
