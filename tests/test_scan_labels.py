@@ -50,6 +50,14 @@ def folder(workspace: Workspace) -> Path:
     return workspace.fold() / "scan_labels"
 
 
+def keeping_labels(workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]]) -> Any:
+    """A trainer after its training, whose labels stay on the disk."""
+    trainer = workspace.make(**prepare(workspace))
+    trainer.on_train_end = lambda: None
+    trainer.run_training()
+    return trainer
+
+
 # ------------------------------------------------------------------ a training
 
 
@@ -218,9 +226,7 @@ def test_labels_grow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prep
     for growth, grown in ((0.0, False), (0.25, True)):
         labels_of_scans = {"at": [0.5], "growth": growth, "outlines": False, **config}
         workspace.configure(**{**ON, "refine_predictions": False, "scan_labels": labels_of_scans})
-        trainer = workspace.make(**prepare(workspace))
-        trainer.on_train_end = lambda: None
-        trainer.run_training()
+        keeping_labels(workspace, prepare)
         labels = np.load(folder(workspace) / "epoch_1" / f"{UNLABELLED[0]}.npy")
         assert bool((labels == 1).all()) == grown == bool(seen)
     assert len(seen) == len(UNLABELLED) and all(reach == 8 and planar for _, _, reach, _, _, planar in seen)
@@ -295,9 +301,7 @@ def test_labels_have_outlines(
     drawing, given = Drawing(), []
     monkeypatch.setattr(rounds.Outlines, "of", lambda labels, space: (given.extend(labels), drawing)[1])
     workspace.configure(**{**ON, "refine_predictions": False, "scan_labels": {**AS_PREDICTED, "outlines": True, **config}})
-    trainer = workspace.make(**prepare(workspace))
-    trainer.on_train_end = lambda: None
-    trainer.run_training()
+    trainer = keeping_labels(workspace, prepare)
     labels = np.load(Path(trainer.output_folder) / "scan_labels" / "epoch_1" / f"{UNLABELLED[0]}.npy")
     assert bool((labels == 1).all()) == expected and len(drawing.seen) == (len(UNLABELLED) if expected else 0)
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
@@ -346,9 +350,7 @@ def test_labels_follow_the_slices_that_members_agree_on(
     seen: list[tuple[Tensor, ...]] = []
     monkeypatch.setattr(refinement, "propagate", lambda *given: (seen.append(given), torch.zeros_like(given[0]))[1])
     workspace.configure(**{**ON, "refine_predictions": False, **config})
-    trainer = workspace.make(**prepare(workspace))
-    trainer.on_train_end = lambda: None
-    trainer.run_training()
+    keeping_labels(workspace, prepare)
     assert len(seen) == (len(UNLABELLED) if heads else 0)
     for probabilities, image, agreement, share, _ in seen:
         assert agreement.shape == (heads, image.shape[1]) == (heads, probabilities.shape[1]) and share == 0.25

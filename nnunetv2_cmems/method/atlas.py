@@ -81,7 +81,7 @@ def _carried(atlas: Atlas, grey: sitk.Image, space: LabelSpace) -> tuple[np.ndar
     shape = grey.GetSize()[::-1]
     organs, known = np.zeros((len(space.names), *shape), np.float32), np.zeros(shape, np.float32)
     decided: list[Tensor] = []
-    masks, annotated = list(_masks(atlas.label, space)), atlas.label >= 0
+    masks, annotated = space.shown(atlas.label), atlas.label >= 0
     everything = annotated.all()
     for deformation in _deformations(grey, _grey(atlas.image)):
         moved = np.stack([_moved(mask, deformation, grey) for mask in masks])
@@ -103,11 +103,6 @@ def _with_background(organs: Tensor, space: LabelSpace) -> Tensor:
 def _grey(image: np.ndarray) -> sitk.Image:
     """(C, Z, Y, X) to an image whose places are voxels."""
     return sitk.GetImageFromArray(np.ascontiguousarray(image.mean(0), dtype=np.float32))
-
-
-def _masks(label: np.ndarray, space: LabelSpace) -> Iterator[np.ndarray]:
-    target = space.target(torch.from_numpy(np.asarray(label, dtype=np.int64))[None])
-    return (mask[0].numpy() for mask in space.masks(target))
 
 
 def _moved(mask: np.ndarray, deformation: sitk.Transform, like: sitk.Image, beyond: float = 0.0) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -76,14 +76,17 @@ def borders_on_background(labels: Sequence[np.ndarray], space: LabelSpace) -> tu
         labels: the annotated slices or volumes; -1 is what is not annotated.
         space: what the networks' heads mean.
     """
-    borders = np.zeros((2, len(space.names)))
-    for label in labels:
-        background = label == 0
-        for index, mask in enumerate(space.masks(space.target(torch.from_numpy(np.asarray(label)[None]).long()))):
-            organ = mask[0].numpy()
-            ring = ndimage.binary_dilation(organ) & ~organ & (label >= 0)
-            borders[:, index] += (ring & background).sum(), ring.sum()
-    return tuple(bool(open_ >= OPEN * all_) for open_, all_ in borders.T)
+    shown = [space.shown(label) for label in labels]
+    return tuple(is_open((masks[organ] for masks in shown), labels) for organ in range(len(space.names)))
+
+
+def is_open(masks: Iterable[np.ndarray], labels: Iterable[np.ndarray]) -> bool:
+    """Whether at least :data:`OPEN` of the border of a mask in each label map is against background, of all of them together."""
+    background = border = 0
+    for mask, label in zip(masks, labels):
+        ring = ndimage.binary_dilation(mask) & ~mask & (label >= 0)
+        background, border = background + int((ring & (label == 0)).sum()), border + int(ring.sum())
+    return background >= OPEN * border
 
 
 def ends_at_edges(

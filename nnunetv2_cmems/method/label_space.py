@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,6 +78,10 @@ class LabelSpace(ABC):
     @abstractmethod
     def masks(self, labels: Tensor) -> Iterator[Tensor]:
         """(B, *spatial) bool for each of ``names``, from labels in head space."""
+
+    def shown(self, label: np.ndarray) -> list[np.ndarray]:
+        """A mask (*spatial) for each of ``names``, from a label map; what is unknown (negative) shows nothing."""
+        return [mask[0].numpy() for mask in self.masks(self.target(torch.from_numpy(np.asarray(label, dtype=np.int64))[None]))]
 
     @abstractmethod
     def counts(self, labels: Sequence[Tensor]) -> Tensor:

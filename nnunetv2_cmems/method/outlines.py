@@ -19,7 +19,7 @@ from skimage.draw import polygon2mask
 from skimage.morphology import convex_hull_image
 from torch import Tensor
 
-from nnunetv2_cmems.method.growth import OPEN
+from nnunetv2_cmems.method.growth import is_open
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 
 ROUND = 0.95
@@ -69,7 +69,7 @@ class Outlines:
         """From annotated slices, label maps (Y, X), negative where nothing is annotated; None where nothing is round, or none is there."""
         if not labels:
             return None
-        shown = [_masks(torch.from_numpy(np.asarray(label)).long(), space) for label in labels]
+        shown = [np.stack(space.shown(label)) for label in labels]
         count = len(space.names)
         sizes = np.sum([masks.sum((1, 2)) for masks in shown], 0)
         filled = [[ndimage.binary_fill_holes(mask) for mask in masks] for masks in shown]
@@ -80,12 +80,12 @@ class Outlines:
         )
         radius, borders = [0.0] * count, [False] * count
         for k in range(count):
-            discs = [(_union(masks, [k, *enclosed[k]]), label) for masks, label in zip(shown, labels) if masks[k].sum() >= FEWEST]
-            if not discs or min(_roundness(disc) for disc, _ in discs) < ROUND:
+            where = [index for index, masks in enumerate(shown) if masks[k].sum() >= FEWEST]
+            discs = [_union(shown[index], [k, *enclosed[k]]) for index in where]
+            if not discs or min(map(_roundness, discs)) < ROUND:
                 continue
-            radius[k] = float(np.mean([math.sqrt(disc.sum() / math.pi) for disc, _ in discs]))
-            rings = [(ndimage.binary_dilation(disc) & ~disc & (label >= 0), label) for disc, label in discs]
-            borders[k] = bool(sum((ring & (label == 0)).sum() for ring, label in rings) >= OPEN * sum(ring.sum() for ring, _ in rings))
+            radius[k] = float(np.mean([math.sqrt(disc.sum() / math.pi) for disc in discs]))
+            borders[k] = is_open(discs, [labels[index] for index in where])
         return cls(tuple(radius), tuple(borders), enclosed) if any(radius) else None
 
     def numbers(self) -> list[float]:
@@ -153,11 +153,6 @@ class Outlines:
                 new &= ~core
             masks[k] = new
         return masks
-
-
-def _masks(labels: Tensor, space: LabelSpace) -> np.ndarray:
-    """(F, Y, X), of a label map (Y, X)."""
-    return np.stack([mask[0].numpy() for mask in space.masks(space.target(labels[None]))])
 
 
 def _union(masks: np.ndarray, chosen: Sequence[int]) -> np.ndarray:

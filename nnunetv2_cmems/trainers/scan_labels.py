@@ -85,9 +85,10 @@ class ScanLabels:
     Args:
         trainer: a trainer of ours that has found its exemplars.
         cases: the unlabelled cases, and the preprocessed folder of each.
+        atlases: the annotated cases that are registered onto these, from :func:`atlas_cases`.
     """
 
-    def __init__(self, trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> None:
+    def __init__(self, trainer: Any, cases: Mapping[str, PreprocessedDataset], atlases: list[str]) -> None:
         self._config: ScanLabelsConfig = trainer.config.scan_labels
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
@@ -97,7 +98,7 @@ class ScanLabels:
         single = in_one_piece(volumes or [exemplar.label for exemplar in trainer.exemplars], self._space)
         resampled = len(trainer.configuration_manager.patch_size) == 3
         self._planar = is_planar(trainer.configuration_manager.spacing)
-        self.atlases = atlas_cases(trainer.exemplars, dataset, self._config)
+        self.atlases = atlases
         self._dataset = dataset
         # windows in space show where they are
         placed = self._config.places and (self._planar or self._config.in_space)
@@ -441,15 +442,15 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"({trainer._config_source}); change it, or set 'scan_labels.at' to []."
         )
     wanted = bool(config.scan_labels.at) and config.uses_unlabelled and bool(cases)
-    made = ScanLabels(trainer, cases) if wanted else None
-    if made is not None and not made.begins:
-        made = None
-    if made is not None and not (made.atlases or config.scan_labels.in_space or is_planar(trainer.configuration_manager.spacing)):
+    atlases = atlas_cases(trainer.exemplars, trainer.preprocessed_dataset(), config.scan_labels) if wanted else []
+    wanted = wanted and bool(atlases or starts(config.scan_labels, trainer.num_epochs))
+    if wanted and not (atlases or config.scan_labels.in_space or is_planar(trainer.configuration_manager.spacing)):
         trainer.print_to_log_file(
             "No labels of whole scans: no volume is annotated as a whole, voxels are not much thicker than wide, and "
             "'scan_labels.in_space' is off."
         )
-        made = None
+        wanted = False
+    made = ScanLabels(trainer, cases, atlases) if wanted else None
     if made is not None and made.atlases:
         trainer.print_to_log_file(
             f"Labels of {', '.join(made.atlases)} are carried onto unlabelled scans by registration, before the first step; for what may "
