@@ -189,7 +189,8 @@ class ScanLabelsConfig:
         at: fractions of the training, 0 and 1 excluded, at which labels are made, each time anew; ``[]``: never. Nothing is made where
             both consistency terms are switched off; ``consistency`` must be ``"pseudo_label"``.
         propagation: share of a scan's slices, for each class those on which the members agree best, from which what they say is carried to
-            the other slices by registration. 0: nothing is carried. For 2D configurations and thick slices; needs two members.
+            the other slices by registration. 0: nothing is carried. Only where slices are more than three times as far apart as their
+            pixels (of 2D configurations those of the images, by the plans' median); needs two members.
         appearance: weight of the grey values' log-likelihood beside what the members say. 0: their grey values do not count.
         smoothing: sigma, in voxels, of the blur of what the members say; within slices for 2D configurations and thick slices. 0: none.
             Half of it where predictions are refined.

@@ -50,6 +50,11 @@ def folder(workspace: Workspace) -> Path:
     return workspace.fold() / "scan_labels"
 
 
+def with_thin_slices(workspace: Workspace) -> dict[str, Any]:
+    """Images whose slices are three times as far apart as their pixels, and no more."""
+    return {"plans": {**workspace.plans(), "original_median_spacing_after_transp": [4.5, 1.5, 1.5]}}
+
+
 def keeping_labels(workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]]) -> Any:
     """A trainer after its training, whose labels stay on the disk."""
     trainer = workspace.make(**prepare(workspace))
@@ -336,8 +341,9 @@ def test_outlines_are_learned_from_every_slice_of_a_volume(workspace: Workspace,
         (in_three_dimensions, {}, 3),
         (lambda workspace: {}, {"scan_labels": {"at": [0.5], "propagation": 0}}, 0),
         (lambda workspace: {}, {"num_members": 1}, 0),
+        (with_thin_slices, {}, 0),
     ],
-    ids=["classes", "regions", "thick slices", "off", "one member"],
+    ids=["classes", "regions", "thick slices", "off", "one member", "thin slices"],
 )
 def test_labels_follow_the_slices_that_members_agree_on(
     workspace: Workspace,
@@ -350,8 +356,9 @@ def test_labels_follow_the_slices_that_members_agree_on(
     seen: list[tuple[Tensor, ...]] = []
     monkeypatch.setattr(refinement, "propagate", lambda *given: (seen.append(given), torch.zeros_like(given[0]))[1])
     workspace.configure(**{**ON, "refine_predictions": False, **config})
-    keeping_labels(workspace, prepare)
+    trainer = keeping_labels(workspace, prepare)
     assert len(seen) == (len(UNLABELLED) if heads else 0)
+    assert ("nothing is carried" in Path(trainer.log_file).read_text()) == (prepare is with_thin_slices)
     for probabilities, image, agreement, share, _ in seen:
         assert agreement.shape == (heads, image.shape[1]) == (heads, probabilities.shape[1]) and share == 0.25
         assert not agreement.isnan().all() and (agreement.nan_to_num() >= 0).all() and (agreement.nan_to_num() <= 1).all()

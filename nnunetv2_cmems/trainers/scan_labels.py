@@ -90,6 +90,8 @@ class ScanLabels:
 
     def __init__(self, trainer: Any, cases: Mapping[str, PreprocessedDataset], atlases: list[str]) -> None:
         self._config: ScanLabelsConfig = trainer.config.scan_labels
+        if not has_thick_slices(trainer):
+            self._config = dataclasses.replace(self._config, propagation=0.0)
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
         self._registered = {case: cases[case] for case in chosen(cases, max(self._config.most_scans, MOST_REGISTERED))}
@@ -407,6 +409,12 @@ def earlier_passes(trainer: Any) -> float:
     return passes_per_step(from_the_start(trainer.config), batches) - passes_per_step(trainer.config, batches)
 
 
+def has_thick_slices(trainer: Any) -> bool:
+    """Whether slices are more than three times as far apart as their pixels; of a 2D configuration those of the data set's images."""
+    spacing = trainer.configuration_manager.spacing
+    return is_planar(trainer.plans_manager.original_median_spacing_after_transp if len(spacing) == 2 else spacing)
+
+
 def painted_slices(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[dict[int, np.ndarray]]:
     """The label maps (Y, X) of the cases of which several slices are annotated, but not the whole, by their index along the slice axis."""
     cases = _slices_of_cases(exemplars)
@@ -456,6 +464,8 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"Labels of {', '.join(made.atlases)} are carried onto unlabelled scans by registration, before the first step; for what may "
             "lie anywhere, such as lesions, switch 'scan_labels.atlases' to 0."
         )
+    if made is not None and config.scan_labels.propagation and not has_thick_slices(trainer):
+        trainer.print_to_log_file("Slices lie close together: nothing is carried from one to others ('scan_labels.propagation').")
     if made is not None and made.refinement.places is not None:
         trainer.print_to_log_file(
             "In unlabelled scans and in predictions organs are looked for where the annotated volumes show them, seen from their common "
