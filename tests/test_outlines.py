@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method import outlines
@@ -208,3 +209,29 @@ def test_outlines_are_kept_with_the_weights(space: LabelSpace) -> None:
     found = Refinement.from_tensor(rule(space).to_tensor(), space).outlines
     assert found is not None and found.numbers() == pytest.approx(known(space).numbers())
     assert Refinement.from_tensor(rule(space, on=False).to_tensor(), space).outlines is None
+
+
+@SPACES
+def test_outlines_run_between_voxels(space: LabelSpace) -> None:
+    """Where an export makes voxels smaller, the border is the outline, not a line half way between voxels."""
+    truth = heart(6, 13, crescent=False)[None]
+    image = scan(truth, noise=0.0)
+    said = heads(heart(6, 11, crescent=False)[None], space)
+    logits = space.logits(0.9 * space.certain(said[None].long()) + 0.02)[0]
+    expected, borders = known(space).traced(said, image, space)
+    ((organs, (z, y, x), distance),) = borders
+    assert organs == ((1, 0) if space is CLASSES else (0,)) and distance.abs().max() < outlines.NEAR and not z.any()
+    radius = distance + ((y - MIDDLE[0]) ** 2 + (x - MIDDLE[1]) ** 2) ** 0.5
+    assert radius.std() < 0.15 and radius.mean() == pytest.approx(13, abs=0.7), "it is a circle"
+    after = rule(space).logits(logits, image, space, True)
+    decided = space.decide(space.probabilities(after[None]), 0.0).labels[0].to(torch.int8)
+    assert torch.equal(decided, expected), "no voxel is decided otherwise"
+
+    def larger(coarse: Tensor) -> Tensor:
+        fine = functional.interpolate(coarse.transpose(0, 1), scale_factor=4, mode="bilinear").transpose(0, 1)
+        labels = space.decide(space.probabilities(fine[None]), 0.0).labels[0]
+        return ((labels if space is CLASSES else labels[0]) > 0).squeeze(0)
+
+    circle = disc(4 * float(radius.mean()), (4 * MIDDLE[0] + 1.5, 4 * MIDDLE[1] + 1.5), (4 * SHAPE[0], 4 * SHAPE[1]))
+    stepped = space.deciding(logits[None], expected[None], (said != expected)[None])[0]
+    assert dice(larger(after), circle) > 0.99 > 0.985 > dice(larger(stepped), circle)

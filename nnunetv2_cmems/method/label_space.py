@@ -56,6 +56,14 @@ class LabelSpace(ABC):
         """
 
     @abstractmethod
+    def with_odds(self, logits: Tensor, organs: Sequence[int], odds: Tensor) -> Tensor:
+        """Logits (heads, N) in which these are the logarithms (N,) of the odds of the likeliest of ``organs`` against the likeliest other.
+
+        ``organs`` are counted from 0 on, without background; among them, and among all others, odds stay as they are. Of a region, which
+        is to be the only one, these are the odds of its inside.
+        """
+
+    @abstractmethod
     def foreground_logits(self, logits: Tensor) -> Tensor:
         """(B, *spatial): the largest logarithm of the odds of a class against the background, or of a region."""
 
@@ -108,6 +116,12 @@ class Classes(LabelSpace):
         least, most = logits.aminmax(dim=1, keepdim=True)
         return torch.where(changed[:, None], least.expand_as(logits).scatter(1, labels[:, None].long(), most), logits)
 
+    def with_odds(self, logits: Tensor, organs: Sequence[int], odds: Tensor) -> Tensor:
+        inside = torch.zeros(len(logits), 1, dtype=torch.bool)
+        inside[[organ + 1 for organ in organs]] = True
+        ins, out = (logits.masked_fill(mask, -torch.inf).amax(0) for mask in (~inside, inside))
+        return torch.where(inside, logits + (odds - ins + out), logits)
+
     def foreground_logits(self, logits: Tensor) -> Tensor:
         return logits[:, 1:].amax(1) - logits[:, 0]
 
@@ -152,6 +166,10 @@ class Regions(LabelSpace):
 
     def deciding(self, logits: Tensor, labels: Tensor, changed: Tensor) -> Tensor:
         return torch.where(changed, torch.where(labels > 0, logits.abs(), -logits.abs()), logits)
+
+    def with_odds(self, logits: Tensor, organs: Sequence[int], odds: Tensor) -> Tensor:
+        (organ,) = organs
+        return torch.where(torch.arange(len(logits))[:, None] == organ, odds, logits)
 
     def foreground_logits(self, logits: Tensor) -> Tensor:
         return logits.amax(1)

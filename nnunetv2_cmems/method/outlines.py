@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import ndimage
+from scipy.spatial import ConvexHull
 from skimage.draw import polygon2mask
 from skimage.morphology import convex_hull_image
 from torch import Tensor
@@ -34,6 +36,9 @@ LEAST_OVERLAP = 0.75
 FEWEST = 12
 """Pixels of a disc that has a shape."""
 
+NEAR = 2.0
+"""Distance from an outline, in voxels, up to which it says how sure a prediction is."""
+
 # Lengths are in mean radii of the annotated disc, so that they hold at any resolution.
 _ANGLES = 72
 _STEP = 0.04  # along a ray
@@ -47,6 +52,20 @@ _ROOM = 0.35  # deviation from the drawn radius, in mean radii of the drawn disc
 _SMOOTHNESS = 1.0  # price of the square of a change by one step from ray to ray
 _MOST_STEPS = 2  # from ray to ray
 _NEVER = -1e3
+
+
+class Border(NamedTuple):
+    """Where an outline runs between voxels, in one slice.
+
+    Attributes:
+        organs: the class or region that it is the outline of, and those that this encloses, counted from 0 on.
+        place: the (z, y, x) of the N voxels near it, three tensors (N,).
+        distance: (N,) voxels from each one's middle to the outline; negative outside.
+    """
+
+    organs: tuple[int, ...]
+    place: tuple[Tensor, Tensor, Tensor]
+    distance: Tensor
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,11 @@ class Outlines:
         return cls(radius, tuple(map(bool, borders)), tuple(tuple(k for k in range(count) if row[k]) for row in rows))
 
     def drawn(self, labels: Tensor, image: Tensor, space: LabelSpace) -> Tensor:
-        """Labels whose round organs have smooth outlines along edges, slice by slice. No random numbers are drawn.
+        """:meth:`traced`, without the borders."""
+        return self.traced(labels, image, space)[0]
+
+    def traced(self, labels: Tensor, image: Tensor, space: LabelSpace) -> tuple[Tensor, list[Border]]:
+        """Labels whose round organs have smooth outlines along edges, slice by slice, and these outlines. No random numbers are drawn.
 
         What lies within other organs becomes its convex hull. The others get the closed curve along which grey values are steepest, less
         what is in the way between it and what it encloses, near the border that is drawn. A disc stays as it is if less than
@@ -114,24 +137,32 @@ class Outlines:
             space: what the networks' heads mean.
 
         Returns:
-            A tensor of the same shape.
+            A tensor of the same shape, and the outlines along edges, with the voxels less than :data:`NEAR` from them, but for those that
+            other organs keep.
         """
-        found = labels.clone()
+        found, borders = labels.clone(), []
         order = torch.arange(1, len(space.names) + 1)[:, None, None]
         for index, grey in enumerate(image.mean(0).numpy()):
             shown = labels[..., index, :, :]
             if not shown.any():
                 continue
-            if isinstance(space, Regions):
-                found[:, index] = torch.from_numpy(self._in_slice((shown > 0).numpy(), grey, exclusive=False))
+            exclusive = not isinstance(space, Regions)
+            masks, outlines = self._in_slice(((shown[None] == order) if exclusive else shown > 0).numpy(), grey, exclusive)
+            if exclusive:
+                found[index] = (torch.from_numpy(masks) * order).sum(0)
             else:
-                masks = torch.from_numpy(self._in_slice((shown[None] == order).numpy(), grey, exclusive=True))
-                found[index] = (masks * order).sum(0)
-        return found
+                found[:, index] = torch.from_numpy(masks)
+            for k, distance in outlines.items():
+                organs = k, *(self.enclosed[k] if exclusive else ())
+                y, x = np.nonzero((np.abs(distance) < NEAR) & (_union(masks, organs) == (distance > 0)))
+                place = torch.full((len(y),), index), torch.from_numpy(y), torch.from_numpy(x)
+                borders.append(Border(organs, place, torch.from_numpy(distance[y, x].astype(np.float32))))
+        return found, borders
 
-    def _in_slice(self, masks: np.ndarray, grey: np.ndarray, exclusive: bool) -> np.ndarray:
-        """Masks (F, Y, X) of a slice (Y, X), with new discs; ``exclusive``: no pixel is in two."""
-        masks = masks.copy()
+    def _in_slice(self, masks: np.ndarray, grey: np.ndarray, exclusive: bool) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Masks (F, Y, X) of a slice (Y, X), with new discs, and for those along edges the distances (Y, X) to their outline;
+        ``exclusive``: no pixel is in two."""
+        masks, outlines = masks.copy(), {}
         as_drawn = [_union(masks, [k, *inner]) for k, inner in enumerate(self.enclosed)]
         fine = [disc.sum() >= FEWEST and _roundness(disc) >= NEARLY_ROUND for disc in as_drawn]
         for k in sorted(range(len(masks)), key=lambda k: len(self.enclosed[k])):
@@ -142,9 +173,11 @@ class Outlines:
             disc = masks[k] | core
             new = _hull(disc)
             if self.open[k]:
-                new = _along_edges(new, core, grey, self.radius[k])
+                curve = _along_edges(new, core, grey, self.radius[k])
+                new = _hull(polygon2mask(disc.shape, curve))
                 if 2 * (new & disc).sum() < LEAST_OVERLAP * (new.sum() + disc.sum()):
                     continue
+                outlines[k] = _distances(curve, disc.shape)
             if exclusive:
                 around = [other for other, within in enumerate(self.enclosed) if k in within]
                 others = [other for other in range(len(masks)) if other not in (k, *inner, *around)]
@@ -152,7 +185,7 @@ class Outlines:
                 masks[around] &= ~new
                 new &= ~core
             masks[k] = new
-        return masks
+        return masks, outlines
 
 
 def _union(masks: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
@@ -173,7 +206,8 @@ def _roundness(disc: np.ndarray) -> float:
 
 
 def _along_edges(disc: np.ndarray, core: np.ndarray, grey: np.ndarray, radius: float) -> np.ndarray:
-    """The convex disc (Y, X) along edges, from the one that is drawn and what it encloses; ``radius`` is that of the annotated one."""
+    """The corners (A, 2) of a curve along edges, from the disc (Y, X) that is drawn and what it encloses; ``radius`` is the annotated
+    one's."""
     centre = ndimage.center_of_mass(core if core.sum() >= FEWEST else disc)
     edges = ndimage.gaussian_gradient_magnitude(grey, max(_LEAST_EDGE_WIDTH, _EDGE_WIDTH * radius))
     near = ndimage.binary_dilation(disc, iterations=max(1, round(3 * _AWAY * radius)))
@@ -187,8 +221,15 @@ def _along_edges(disc: np.ndarray, core: np.ndarray, grey: np.ndarray, radius: f
     in_the_way = np.pad(passed, ((0, 0), (behind, 0)))[:, : len(rays)]
     away = (rays - drawn[:, None]) / (_ROOM * max(radius / 3, float(drawn.mean())))
     score = np.where(rays > inner + _AWAY * radius, along - _IN_THE_WAY * in_the_way - away**2, _NEVER)
-    curve = np.stack(_places(centre, rays[_best_path(score)][:, None]), -1)[:, 0]
-    return _hull(polygon2mask(disc.shape, curve))
+    return np.stack(_places(centre, rays[_best_path(score)][:, None]), -1)[:, 0]
+
+
+def _distances(curve: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Of each pixel's middle (Y, X) from the convex hull of the curve's corners (A, 2); negative outside, where corners may be farther
+    away."""
+    sides = ConvexHull(curve).equations  # normals that point outwards, and offsets
+    middles = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    return np.asarray(-(middles @ sides[:, :2].T + sides[:, 2]).max(-1))
 
 
 def _places(centre: Sequence[float], rays: np.ndarray) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.growth import grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
-from nnunetv2_cmems.method.outlines import Outlines
+from nnunetv2_cmems.method.outlines import Border, Outlines
 from nnunetv2_cmems.method.perturbations import blur
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.propagation import propagate
@@ -38,6 +38,9 @@ NEAR = 0.02
 
 ROOM = 16
 """Voxels around what may be foreground that are looked at where slices are registered."""
+
+SHARPNESS = 4.0
+"""Of outlines in predictions: logarithm of the odds of being inside, one voxel from the border."""
 
 CONFIDENCE_IN_GROWTH = 0.7
 """Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
@@ -137,7 +140,7 @@ class Refinement:
     def drawn(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """As :meth:`labels`, of organs that have grown and that are drawn along their outlines."""
         labels = self._large_pieces(_decided(self._grown(probabilities, image, space, planar), space), space)
-        return self._outlined(labels, image, space, planar)
+        return self._traced(labels, image, space, planar)[0]
 
     def _grown(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """Refined probabilities of organs that have grown."""
@@ -148,9 +151,9 @@ class Refinement:
         grown = space.certain(grow(labels, image, self.reach, self.grows, space, planar)[None])[0]
         return refine(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image, self.config, space, planar)
 
-    def _outlined(self, labels: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+    def _traced(self, labels: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> tuple[Tensor, list[Border]]:
         """Slices are looked at, so only where they are apart."""
-        return labels if self.outlines is None or not planar else self.outlines.drawn(labels, image, space)
+        return (labels, []) if self.outlines is None or not planar else self.outlines.traced(labels, image, space)
 
     def _large_pieces(self, labels: Tensor, space: LabelSpace) -> Tensor:
         return largest_pieces(labels, self.single, self.share, space) if self.config.largest_piece else labels
@@ -160,8 +163,9 @@ class Refinement:
     ) -> Tensor:
         """Refined logits of a scan (heads, Z, Y, X), from the networks'. What is not near foreground stays as it is.
 
-        Where a piece is removed, or an outline is drawn anew, what comes is as sure as what was there. With ``agreement``, (F, Z), slices
-        follow each other, see :meth:`settled`.
+        Where a piece is removed, or the inner of an outline is drawn anew, what comes is as sure as what was there. Near an outline along
+        edges the logarithm of the odds is :data:`SHARPNESS` times the distance to it, so that it stays between voxels where an export
+        changes the resolution. With ``agreement``, (F, Z), slices follow each other, see :meth:`settled`.
         """
         margin = self.margin(agreement)
         box = surroundings(space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if planar else margin, margin, margin])
@@ -172,9 +176,12 @@ class Refinement:
         probabilities = self.settled(probabilities, image[place], agreement, box[0], space)
         probabilities = self._grown(probabilities, image[place], space, planar)
         labels = _decided(probabilities, space)
-        drawn = self._outlined(self._large_pieces(labels, space), image[place], space, planar)
+        drawn, borders = self._traced(self._large_pieces(labels, space), image[place], space, planar)
+        near = space.deciding(space.logits(probabilities[None]), drawn[None], (labels != drawn)[None])[0]
+        for organs, (z, y, x), distance in borders:
+            near[:, z, y, x] = space.with_odds(near[:, z, y, x], organs, SHARPNESS * distance)
         refined = logits.to(torch.float32, copy=True)
-        refined[place] = space.deciding(space.logits(probabilities[None]), drawn[None], (labels != drawn)[None])[0]
+        refined[place] = near
         return refined
 
 
