@@ -120,11 +120,7 @@ class Outlines:
         return cls(radius, tuple(map(bool, borders)), tuple(tuple(k for k in range(count) if row[k]) for row in rows))
 
     def drawn(self, labels: Tensor, image: Tensor, space: LabelSpace) -> Tensor:
-        """:meth:`traced`, without the borders."""
-        return self.traced(labels, image, space)[0]
-
-    def traced(self, labels: Tensor, image: Tensor, space: LabelSpace) -> tuple[Tensor, list[Border]]:
-        """Labels whose round organs have smooth outlines along edges, slice by slice, and these outlines. No random numbers are drawn.
+        """Labels whose round organs have smooth outlines along edges, slice by slice. No random numbers are drawn.
 
         What lies within other organs becomes its convex hull. The others get the closed curve along which grey values are steepest, less
         what is in the way between it and what it encloses, near the border that is drawn. A disc stays as it is if less than
@@ -137,32 +133,42 @@ class Outlines:
             space: what the networks' heads mean.
 
         Returns:
-            A tensor of the same shape, and the outlines along edges, with the voxels less than :data:`NEAR` from them, but for those that
-            other organs keep.
+            A tensor of the same shape.
         """
-        found, borders = labels.clone(), []
-        order = torch.arange(1, len(space.names) + 1)[:, None, None]
-        for index, grey in enumerate(image.mean(0).numpy()):
-            shown = labels[..., index, :, :]
-            if not shown.any():
-                continue
-            exclusive = not isinstance(space, Regions)
-            masks, outlines = self._in_slice(((shown[None] == order) if exclusive else shown > 0).numpy(), grey, exclusive)
-            if exclusive:
-                found[index] = (torch.from_numpy(masks) * order).sum(0)
-            else:
-                found[:, index] = torch.from_numpy(masks)
-            for k, distance in outlines.items():
-                organs = k, *(self.enclosed[k] if exclusive else ())
-                y, x = np.nonzero((np.abs(distance) < NEAR) & (_union(masks, organs) == (distance > 0)))
-                place = torch.full((len(y),), index), torch.from_numpy(y), torch.from_numpy(x)
-                borders.append(Border(organs, place, torch.from_numpy(distance[y, x].astype(np.float32))))
+        return self._drawn(labels, image, space)[0]
+
+    def traced(self, labels: Tensor, image: Tensor, space: LabelSpace) -> tuple[Tensor, list[Border]]:
+        """:meth:`drawn`, and its outlines along edges, with the voxels less than :data:`NEAR` from them that other organs do not keep."""
+        found, curves = self._drawn(labels, image, space)
+        borders = []
+        for index, k, curve in curves:
+            organs = k, *(() if isinstance(space, Regions) else self.enclosed[k])
+            disc = _union(_masks(found, index, space), organs)
+            distance = _distances(curve, disc.shape)
+            y, x = np.nonzero((np.abs(distance) < NEAR) & (disc == (distance > 0)))
+            place = torch.full((len(y),), index), torch.from_numpy(y), torch.from_numpy(x)
+            borders.append(Border(organs, place, torch.from_numpy(distance[y, x].astype(np.float32))))
         return found, borders
 
+    def _drawn(self, labels: Tensor, image: Tensor, space: LabelSpace) -> tuple[Tensor, list[tuple[int, int, np.ndarray]]]:
+        """The labels, and of each outline along edges its slice, its organ and its curve (A, 2)."""
+        found, every = labels.clone(), []
+        exclusive = not isinstance(space, Regions)
+        order = torch.arange(1, len(space.names) + 1)[:, None, None]
+        for index, grey in enumerate(image.mean(0).numpy()):
+            masks = _masks(labels, index, space)
+            if not masks.any():
+                continue
+            new, curves = self._in_slice(masks, grey, exclusive)
+            drawn = torch.from_numpy(new)
+            found[..., index, :, :] = (drawn * order).sum(0) if exclusive else drawn
+            every += [(index, k, curve) for k, curve in curves.items()]
+        return found, every
+
     def _in_slice(self, masks: np.ndarray, grey: np.ndarray, exclusive: bool) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Masks (F, Y, X) of a slice (Y, X), with new discs, and for those along edges the distances (Y, X) to their outline;
-        ``exclusive``: no pixel is in two."""
-        masks, outlines = masks.copy(), {}
+        """Masks (F, Y, X) of a slice (Y, X), with new discs, and for those along edges their curves (A, 2); ``exclusive``: no pixel is in
+        two."""
+        masks, curves = masks.copy(), {}
         as_drawn = [_union(masks, [k, *inner]) for k, inner in enumerate(self.enclosed)]
         fine = [disc.sum() >= FEWEST and _roundness(disc) >= NEARLY_ROUND for disc in as_drawn]
         for k in sorted(range(len(masks)), key=lambda k: len(self.enclosed[k])):
@@ -177,7 +183,7 @@ class Outlines:
                 new = _hull(polygon2mask(disc.shape, curve))
                 if 2 * (new & disc).sum() < LEAST_OVERLAP * (new.sum() + disc.sum()):
                     continue
-                outlines[k] = _distances(curve, disc.shape)
+                curves[k] = curve
             if exclusive:
                 around = [other for other, within in enumerate(self.enclosed) if k in within]
                 others = [other for other in range(len(masks)) if other not in (k, *inner, *around)]
@@ -185,7 +191,12 @@ class Outlines:
                 masks[around] &= ~new
                 new &= ~core
             masks[k] = new
-        return masks, outlines
+        return masks, curves
+
+
+def _masks(labels: Tensor, index: int, space: LabelSpace) -> np.ndarray:
+    """(F, Y, X) bool, of one slice of labels in head space."""
+    return torch.cat(list(space.masks(labels[..., index, :, :][None]))).numpy()
 
 
 def _union(masks: np.ndarray, chosen: Sequence[int]) -> np.ndarray:

@@ -21,7 +21,7 @@ from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.growth import grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
-from nnunetv2_cmems.method.outlines import Border, Outlines
+from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.perturbations import blur
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.propagation import propagate
@@ -140,7 +140,12 @@ class Refinement:
     def drawn(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """As :meth:`labels`, of organs that have grown and that are drawn along their outlines."""
         labels = self._large_pieces(_decided(self._grown(probabilities, image, space, planar), space), space)
-        return self._traced(labels, image, space, planar)[0]
+        outlines = self._outlines_in_slices(planar)
+        return labels if outlines is None else outlines.drawn(labels, image, space)
+
+    def _outlines_in_slices(self, planar: bool) -> Outlines | None:
+        """Slices are looked at, so only where they are apart."""
+        return self.outlines if planar else None
 
     def _grown(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """Refined probabilities of organs that have grown."""
@@ -150,10 +155,6 @@ class Refinement:
         labels = self._large_pieces(_decided(refined, space), space)
         grown = space.certain(grow(labels, image, self.reach, self.grows, space, planar)[None])[0]
         return refine(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image, self.config, space, planar)
-
-    def _traced(self, labels: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> tuple[Tensor, list[Border]]:
-        """Slices are looked at, so only where they are apart."""
-        return (labels, []) if self.outlines is None or not planar else self.outlines.traced(labels, image, space)
 
     def _large_pieces(self, labels: Tensor, space: LabelSpace) -> Tensor:
         return largest_pieces(labels, self.single, self.share, space) if self.config.largest_piece else labels
@@ -176,7 +177,8 @@ class Refinement:
         probabilities = self.settled(probabilities, image[place], agreement, box[0], space)
         probabilities = self._grown(probabilities, image[place], space, planar)
         labels = _decided(probabilities, space)
-        drawn, borders = self._traced(self._large_pieces(labels, space), image[place], space, planar)
+        pieces, outlines = self._large_pieces(labels, space), self._outlines_in_slices(planar)
+        drawn, borders = (pieces, []) if outlines is None else outlines.traced(pieces, image[place], space)
         near = space.deciding(space.logits(probabilities[None]), drawn[None], (labels != drawn)[None])[0]
         for organs, (z, y, x), distance in borders:
             near[:, z, y, x] = space.with_odds(near[:, z, y, x], organs, SHARPNESS * distance)

@@ -464,7 +464,7 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"Labels of {', '.join(made.atlases)} are carried onto unlabelled scans by registration, before the first step; for what may "
             "lie anywhere, such as lesions, switch 'scan_labels.atlases' to 0."
         )
-    if made is not None and config.scan_labels.propagation and not has_thick_slices(trainer):
+    if made is not None and made.refinement.config.propagation != config.scan_labels.propagation:
         trainer.print_to_log_file("Slices lie close together: nothing is carried from one to others ('scan_labels.propagation').")
     if made is not None and made.refinement.places is not None:
         trainer.print_to_log_file(
