@@ -235,3 +235,26 @@ def test_outlines_run_between_voxels(space: LabelSpace) -> None:
     circle = disc(4 * float(radius.mean()), (4 * MIDDLE[0] + 1.5, 4 * MIDDLE[1] + 1.5), (4 * SHAPE[0], 4 * SHAPE[1]))
     stepped = space.deciding(logits[None], expected[None], (said != expected)[None])[0]
     assert dice(larger(after), circle) > 0.99 > 0.985 > dice(larger(stepped), circle)
+
+
+def test_a_wall_goes_on_as_far_as_it_looks_like_wall() -> None:
+    """Of one that is more than twice as thick as drawn the outer edge is found; other tissue, however far it goes, is none of it."""
+    truth = heart(6, 15.5, crescent=False)[None]
+    drawn = heart(6, 10, crescent=False)[None]
+    after = known(CLASSES).drawn(drawn, scan(truth), CLASSES)
+    assert dice(drawn == 2, truth == 2) < 0.6 and dice(after == 2, truth == 2) > 0.9
+    other = torch.where((truth == 2) & (drawn != 2), 3, truth)
+    stays = known(CLASSES).drawn(drawn, scan(other, (1.0, 1.5, 0.0, 0.35)), CLASSES)
+    assert dice(stays == 2, drawn == 2) > 0.9
+
+
+def test_a_path_that_no_ray_allows() -> None:
+    """Where what is enclosed reaches farther from ray to ray than a path may go there is still one."""
+    star = disc(4) | torch.zeros(SHAPE, dtype=torch.bool)
+    star[29:31, 5:70] = True
+    label = torch.where(star, 1, torch.where(disc(7), 2, 0)).to(torch.int8)
+    assert torch.isin(known(CLASSES).drawn(label[None], scan(label[None]), CLASSES), torch.arange(4)).all()
+    steep = np.full((72, 30), outlines._NEVER)
+    steep[::2, 0] = steep[1::2, -1] = 0
+    path = outlines._best_path(steep)
+    assert path.shape == (72,) and (path >= 0).all() and (path < 30).all()

@@ -30,7 +30,7 @@ ROUND = 0.95
 NEARLY_ROUND = 0.85
 """The same of what is drawn in a slice, if it is to be drawn anew: what is less round is no organ as it is known, but a mistake."""
 
-LEAST_OVERLAP = 0.75
+LEAST_OVERLAP = 0.6
 """Dice of the new disc with the one that was drawn; what differs more is another edge's."""
 
 FEWEST = 12
@@ -49,9 +49,12 @@ _WALL = 0.2  # how far from what it encloses edges begin to be in the way
 _BEHIND = 0.08  # an outline's own edge is not in its way
 _IN_THE_WAY = 6.3  # weight of the edges between what is enclosed and the outline, per mean radius
 _ROOM = 0.35  # deviation from the drawn radius, in mean radii of the drawn disc, that costs as much as an edge is worth
+_MORE_OF_IT = 0.3  # share of this that it costs to go out over what looks like the organ
+_LIKE = 2.5  # deviations from the organ's median grey value within which something looks like it
 _SMOOTHNESS = 1.0  # price of the square of a change by one step from ray to ray
 _MOST_STEPS = 2  # from ray to ray
 _NEVER = -1e3
+_DEVIATIONS = 1.4826  # of a Gaussian: standard deviation, as a multiple of the median absolute one
 
 
 class Border(NamedTuple):
@@ -230,9 +233,21 @@ def _along_edges(disc: np.ndarray, core: np.ndarray, grey: np.ndarray, radius: f
     passed = np.cumsum(np.where(rays > inner + _WALL * radius, along, 0), 1) * _STEP
     behind = round(_BEHIND / _STEP)
     in_the_way = np.pad(passed, ((0, 0), (behind, 0)))[:, : len(rays)]
-    away = (rays - drawn[:, None]) / (_ROOM * max(radius / 3, float(drawn.mean())))
+    beyond = np.diff(np.maximum(rays - drawn[:, None], 0), axis=1, prepend=0)
+    alike = _like(grey[disc & ~core], ndimage.map_coordinates(grey, _places(centre, rays), order=1, mode="nearest"))
+    far = np.maximum(drawn[:, None] - rays, 0) + np.cumsum(np.where(alike, _MORE_OF_IT, 1) * beyond, 1)
+    away = far / (_ROOM * max(radius / 3, float(drawn.mean())))
     score = np.where(rays > inner + _AWAY * radius, along - _IN_THE_WAY * in_the_way - away**2, _NEVER)
     return np.stack(_places(centre, rays[_best_path(score)][:, None]), -1)[:, 0]
+
+
+def _like(own: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which grey values are like the organ's own ones; none where these are few."""
+    if len(own) < FEWEST:
+        return np.zeros(others.shape, bool)
+    median = np.median(own)
+    deviation = _DEVIATIONS * np.median(np.abs(own - median))
+    return np.asarray(np.abs(others - median) <= _LIKE * deviation)
 
 
 def _distances(curve: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -263,7 +278,7 @@ def _best_path(score: np.ndarray) -> np.ndarray:
     moves = range(-_MOST_STEPS, _MOST_STEPS + 1)
     total, origin = score[0], []
     for ray in range(1, 3 * rays):
-        padded = np.pad(total, _MOST_STEPS, constant_values=2 * _NEVER)
+        padded = np.pad(total, _MOST_STEPS, constant_values=-np.inf)
         reached = np.stack([padded[_MOST_STEPS + move :][:steps] - _SMOOTHNESS * move**2 for move in moves])
         origin.append(reached.argmax(0) - _MOST_STEPS)
         total = score[ray % rays] + reached.max(0)
