@@ -201,6 +201,11 @@ class ScanLabelsConfig:
             may show one of two organs.
         outlines: what every annotated slice shows as a convex disc gets a smooth outline along the edges of the scan, slice by slice. For
             2D configurations and thick slices.
+        shared_appearance: classes that never touch and have about the same grey values in the annotated images, as blood in two ventricles,
+            have about the same ones in each scan, too.
+        contacts: from predictions an organ is removed in slices at the ends of its row in which it touches one that it never touches in the
+            annotated images, or background, if it lies within others there. For 2D configurations and thick slices; to be switched off
+            for what may lie anywhere, such as lesions.
         places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or
             several slices of one, are annotated, with two classes or more. To be switched off for what may lie anywhere, such as lesions.
         atlases: so many wholly annotated volumes, chosen at random, are registered onto each scan before the first step, and their labels
@@ -218,6 +223,8 @@ class ScanLabelsConfig:
     growth: float = _between(0.0, 1.0, 0.07)
     largest_piece: bool = True
     outlines: bool = True
+    shared_appearance: bool = True
+    contacts: bool = True
     places: bool = True
     atlases: int = _between(0, 100, 3)
     in_space: bool = False
@@ -284,9 +291,10 @@ class CMEMSConfig:
         synthesis: the operation Ω.
         feature_perturbation: channel dropout of the feature granularity.
         refine_predictions: predictions of whole scans keep organs to their places, follow the most certain slices and the grey values,
-            lose small pieces, grow (not where a volume is annotated as a whole), and have round organs drawn along their outlines, as
-            ``places``, ``propagation``, ``appearance``, ``smoothing``, ``largest_piece``, ``growth`` and ``outlines`` of ``scan_labels``
-            say; where a training makes no labels of whole scans, its predictions are not refined.
+            lose small pieces, grow (not where a volume is annotated as a whole), have round organs drawn along their outlines, and lose
+            organs where they touch what they never touch, as ``places``, ``propagation``, ``appearance``, ``shared_appearance``,
+            ``smoothing``, ``largest_piece``, ``growth``, ``outlines`` and ``contacts`` of ``scan_labels`` say; where a training makes no
+            labels of whole scans, its predictions are not refined.
         scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method.boxes import surroundings
+from nnunetv2_cmems.method.contacts import Contacts
 from nnunetv2_cmems.method.growth import grow
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.outlines import Outlines
@@ -28,6 +29,9 @@ from nnunetv2_cmems.method.propagation import propagate
 
 ITERATIONS = 3
 """Of histograms from probabilities, and probabilities from histograms."""
+
+ALIKE = 0.75
+"""Bhattacharyya coefficient of two classes' histograms in the annotated images from which on they are of one kind."""
 
 BINS = 24
 LEAST_LOGIT = -6.0
@@ -63,6 +67,8 @@ class Refinement:
         outlines: which organs are round; None: none is, or it does not count.
         grows: which classes or regions grow, see :func:`~nnunetv2_cmems.method.growth.grow`; empty: none.
         reach: how far, in voxels; 0: not at all.
+        contacts: what may touch what; None: it is not known, or does not count.
+        alike: for each class which ones share its grey values, from :func:`alike_apart`; empty: none does.
     """
 
     config: ScanLabelsConfig
@@ -72,10 +78,12 @@ class Refinement:
     outlines: Outlines | None = None
     grows: tuple[bool, ...] = ()
     reach: float = 0.0
+    contacts: Contacts | None = None
+    alike: tuple[tuple[bool, ...], ...] = ()
 
     def to_tensor(self) -> Tensor:
-        """(4 + 1 + F + 1 + 6 F + 1 + F (F + 2) + F + 1,) for F classes or regions, to be kept with the networks' weights; of places and
-        outlines that are not known zeros."""
+        """(4 + 1 + F + 1 + 6 F + 1 + F (F + 2) + F + 1 + F (F + 1) + F F,) for F classes or regions, to be kept with the networks'
+        weights; of what is not known zeros."""
         config = self.config
         numbers = config.appearance, config.smoothing, config.largest_piece, self.share
         count = len(self.single) - 1
@@ -83,7 +91,10 @@ class Refinement:
         outlines = [0.0] * (count * (count + 2)) if self.outlines is None else self.outlines.numbers()
         grows = [*map(float, self.grows or [False] * count), self.reach]
         single = map(float, self.single)
-        return torch.tensor([*map(float, numbers), *single, float(config.propagation), *places, *outlines, *grows])
+        contacts = [0.0] * (count * (count + 1)) if self.contacts is None else self.contacts.numbers()
+        alike = [float(one) for row in self.alike or [[False] * count] * count for one in row]
+        propagation = float(config.propagation)
+        return torch.tensor([*map(float, numbers), *single, propagation, *places, *outlines, *grows, *contacts, *alike])
 
     @classmethod
     def from_tensor(cls, stored: Tensor, space: LabelSpace) -> Refinement:
@@ -94,7 +105,8 @@ class Refinement:
         single, propagation, rest = others[: 1 + count], others[1 + count : 2 + count], others[2 + count :]
         places, rest = rest[: 6 * count + 1], rest[6 * count + 1 :]
         outlines, rest = rest[: count * (count + 2)], rest[count * (count + 2) :]
-        grows, reach = rest[:count], rest[count:]
+        grows, reach, rest = rest[:count], rest[count : count + 1], rest[count + 1 :]
+        contacts, alike = rest[: count * (count + 1)], rest[count * (count + 1) :]
         config = ScanLabelsConfig(
             appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece), propagation=sum(propagation)
         )
@@ -106,6 +118,8 @@ class Refinement:
             Outlines.from_numbers(outlines) if any(outlines) else None,
             tuple(map(bool, grows)),
             sum(reach),
+            Contacts.from_numbers(contacts, count) if any(contacts) else None,
+            tuple(tuple(map(bool, alike[first : first + count])) for first in range(0, len(alike), count)) if any(alike) else (),
         )
 
     def propagates(self, planar: bool) -> bool:
@@ -135,13 +149,13 @@ class Refinement:
     def labels(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """Decisions about a scan without small pieces, int8 (Z, Y, X) or (R, Z, Y, X); arguments as for :func:`refine`. Nothing grows, and
         no outlines are drawn."""
-        return self._large_pieces(_decided(refine(probabilities, image, self.config, space, planar), space), space)
+        return self._large_pieces(_decided(self._refined(probabilities, image, space, planar), space), space)
 
     def drawn(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
-        """As :meth:`labels`, of organs that have grown and that are drawn along their outlines."""
+        """As :meth:`labels`, of organs that have grown, that are drawn along their outlines, and that touch only what they may."""
         labels = self._large_pieces(_decided(self._grown(probabilities, image, space, planar), space), space)
         outlines = self._outlines_in_slices(planar)
-        return labels if outlines is None else outlines.drawn(labels, image, space)
+        return self._possible(labels if outlines is None else outlines.drawn(labels, image, space), planar)
 
     def _outlines_in_slices(self, planar: bool) -> Outlines | None:
         """Slices are looked at, so only where they are apart."""
@@ -149,12 +163,19 @@ class Refinement:
 
     def _grown(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """Refined probabilities of organs that have grown."""
-        refined = refine(probabilities, image, self.config, space, planar)
+        refined = self._refined(probabilities, image, space, planar)
         if not self.reach or not any(self.grows):
             return refined
         labels = self._large_pieces(_decided(refined, space), space)
         grown = space.certain(grow(labels, image, self.reach, self.grows, space, planar)[None])[0]
-        return refine(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image, self.config, space, planar)
+        return self._refined(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image, space, planar)
+
+    def _refined(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+        return refine(probabilities, image, self.config, space, planar, self.alike)
+
+    def _possible(self, labels: Tensor, planar: bool) -> Tensor:
+        """Organs that touch only what they may. Slices are looked at, so only where they are apart."""
+        return labels if self.contacts is None or not planar else self.contacts.kept(labels)
 
     def _large_pieces(self, labels: Tensor, space: LabelSpace) -> Tensor:
         return largest_pieces(labels, self.single, self.share, space) if self.config.largest_piece else labels
@@ -164,9 +185,9 @@ class Refinement:
     ) -> Tensor:
         """Refined logits of a scan (heads, Z, Y, X), from the networks'. What is not near foreground stays as it is.
 
-        Where a piece is removed, or the inner of an outline is drawn anew, what comes is as sure as what was there. Near an outline along
-        edges the logarithm of the odds is :data:`SHARPNESS` times the distance to it, so that it stays between voxels where an export
-        changes the resolution. With ``agreement``, (F, Z), slices follow each other, see :meth:`settled`.
+        Where a piece or an organ is removed, or the inner of an outline is drawn anew, what comes is as sure as what was there. Near an
+        outline along edges the logarithm of the odds is :data:`SHARPNESS` times the distance to it, so that it stays between voxels where
+        an export changes the resolution. With ``agreement``, (F, Z), slices follow each other, see :meth:`settled`.
         """
         margin = self.margin(agreement)
         box = surroundings(space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if planar else margin, margin, margin])
@@ -179,8 +200,11 @@ class Refinement:
         labels = _decided(probabilities, space)
         pieces, outlines = self._large_pieces(labels, space), self._outlines_in_slices(planar)
         drawn, borders = (pieces, []) if outlines is None else outlines.traced(pieces, image[place], space)
-        near = space.deciding(space.logits(probabilities[None]), drawn[None], (labels != drawn)[None])[0]
+        kept = self._possible(drawn, planar)
+        near = space.deciding(space.logits(probabilities[None]), kept[None], (labels != kept)[None])[0]
         for organs, (z, y, x), distance in borders:
+            if (kept != drawn)[..., z, y, x].any():
+                continue  # the outline of something that is not there
             near[:, z, y, x] = space.with_odds(near[:, z, y, x], organs, SHARPNESS * distance)
         refined = logits.to(torch.float32, copy=True)
         refined[place] = near
@@ -192,10 +216,18 @@ def _decided(probabilities: Tensor, space: LabelSpace) -> Tensor:
 
 
 @torch.no_grad()
-def refine(probabilities: Tensor, image: Tensor, config: ScanLabelsConfig, space: LabelSpace, planar: bool) -> Tensor:
+def refine(
+    probabilities: Tensor,
+    image: Tensor,
+    config: ScanLabelsConfig,
+    space: LabelSpace,
+    planar: bool,
+    alike: Sequence[Sequence[bool]] = (),
+) -> Tensor:
     """Probabilities that also follow the grey values of this scan. No random numbers are drawn.
 
-    Regions may overlap, so each is refined on its own, as inside against outside.
+    Regions may overlap, so each is refined on its own, as inside against outside. Classes that are alike get the geometric mean of their
+    histograms.
 
     Args:
         probabilities: (K, Z, Y, X) of the classes, or (R, Z, Y, X) of the regions.
@@ -203,16 +235,28 @@ def refine(probabilities: Tensor, image: Tensor, config: ScanLabelsConfig, space
         config: ``appearance`` and ``smoothing``.
         space: what the heads mean.
         planar: blur within slices only.
+        alike: for each class which others have the same grey values; empty: none has.
 
     Returns:
         A tensor of the shape of ``probabilities``; with ``appearance`` and ``smoothing`` 0 equal to them.
     """
     if isinstance(space, Regions):
         return torch.stack([_refined(torch.stack([1 - inside, inside]), image, config, planar)[1] for inside in probabilities])
-    return _refined(probabilities, image, config, planar)
+    return _refined(probabilities, image, config, planar, _shares(alike, len(probabilities)))
 
 
-def _refined(probabilities: Tensor, image: Tensor, config: ScanLabelsConfig, planar: bool) -> Tensor:
+def _shares(alike: Sequence[Sequence[bool]], heads: int) -> Tensor | None:
+    """(heads, heads): how much each head's histogram counts for each; None: only its own does."""
+    if not alike:
+        return None
+    shares = torch.eye(heads)
+    shares[1:, 1:] += torch.tensor(alike, dtype=shares.dtype)
+    return shares / shares.sum(1, keepdim=True)
+
+
+def _refined(
+    probabilities: Tensor, image: Tensor, config: ScanLabelsConfig, planar: bool, shares: Tensor | None = None
+) -> Tensor:
     """:func:`refine` for heads that exclude each other, the background first."""
     prior = _blurred(probabilities, config.smoothing, planar)
     near = prior[1:].sum(0) > NEAR
@@ -222,7 +266,7 @@ def _refined(probabilities: Tensor, image: Tensor, config: ScanLabelsConfig, pla
     log_prior = prior[:, near].clamp_min(_LEAST_PRIOR).log()
     found = probabilities[:, near]
     for _ in range(ITERATIONS):
-        likelihood = torch.stack([_log_histograms(found, channel)[:, channel] for channel in bins]).sum(0)
+        likelihood = torch.stack([_log_histograms(found, channel, shares)[:, channel] for channel in bins]).sum(0)
         found = (log_prior + config.appearance * likelihood).softmax(0)
     prior[:, near] = found
     return prior
@@ -244,13 +288,36 @@ def _binned(values: Tensor) -> Tensor:
     return ((values - low) / (high - low).clamp_min(1e-3) * (BINS - 1)).round().clamp(0, BINS - 1).long()
 
 
-def _log_histograms(probabilities: Tensor, bins: Tensor) -> Tensor:
-    """(K, BINS): logarithm of how often a voxel of each class has each grey value, from (K, N) probabilities and (N,) bins."""
+def _log_histograms(probabilities: Tensor, bins: Tensor, shares: Tensor | None = None) -> Tensor:
+    """(K, BINS): logarithm of how often a voxel of each class has each grey value, from (K, N) probabilities and (N,) bins; with ``shares``
+    of the geometric means of several."""
     places = torch.arange(BINS, device=bins.device)
     kernel = torch.exp(-0.5 * ((places[:, None] - places[None]) / _SMOOTHING) ** 2)
     counts = torch.stack([torch.bincount(bins, weights.double(), BINS) for weights in probabilities]).to(kernel.dtype)
     smooth = counts @ (kernel / kernel.sum(0)).T + _FLOOR
-    return (smooth / smooth.sum(1, keepdim=True)).log()
+    logarithms = (smooth / smooth.sum(1, keepdim=True)).log()
+    return logarithms if shares is None else (shares.to(logarithms) @ logarithms).log_softmax(1)
+
+
+def alike_apart(shown: Sequence[tuple[Tensor, Tensor]], contacts: Contacts, space: LabelSpace) -> tuple[tuple[bool, ...], ...]:
+    """Which classes have the same grey values in the annotated images: in every channel the histograms' Bhattacharyya coefficient is at
+    least :data:`ALIKE`. Only of classes that never touch: between others grey values are what tells them apart.
+
+    Args:
+        shown: annotated images (C, *spatial) and label maps (*spatial).
+        contacts: from the same images.
+        space: what the heads mean.
+
+    Returns:
+        For each class which others; empty where there are none.
+    """
+    greys = torch.cat([image[:, label > 0] for image, label in shown], 1).float()
+    classes = space.certain(torch.cat([label[label > 0] for _, label in shown])[None])[0][1:]
+    same = torch.tensor(contacts.apart)
+    for channel in greys:
+        roots = (_log_histograms(classes, _binned(channel)) / 2).exp()
+        same &= roots @ roots.T >= ALIKE
+    return tuple(map(tuple, same.tolist())) if same.any() else ()
 
 
 # ------------------------------------------------------------------ pieces

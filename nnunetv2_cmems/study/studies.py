@@ -147,21 +147,20 @@ def _competence(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stud
 
 
 def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study:
+    alone = {"atlases": 0, "places": False, "contacts": False, "shared_appearance": False, "outlines": False}
     known: dict[Value, dict[str, Any]] = {
         "none": {"scan_labels": {"at": []}},
         "as predicted": {
-            "scan_labels": {
-                "atlases": 0, "places": False, "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0,
-                "largest_piece": False, "outlines": False,
-            }
+            "scan_labels": {**alone, "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False}
         },
-        "refined": {"scan_labels": {"atlases": 0, "places": False, "outlines": False, "propagation": 0.0, "growth": 0.0}},
-        "refined and grown": {"scan_labels": {"atlases": 0, "places": False, "outlines": False, "propagation": 0.0}},
-        "with propagation": {"scan_labels": {"atlases": 0, "places": False, "outlines": False}},
-        "with outlines": {"scan_labels": {"atlases": 0, "places": False}},
+        "refined": {"scan_labels": {**alone, "propagation": 0.0, "growth": 0.0}},
+        "refined and grown": {"scan_labels": {**alone, "propagation": 0.0}},
+        "with propagation": {"scan_labels": alone},
+        "with outlines": {"scan_labels": {"atlases": 0, "places": False, "contacts": False, "shared_appearance": False}},
+        "with contacts": {"scan_labels": {"atlases": 0, "places": False}},
         "with places": {"scan_labels": {"atlases": 0}},
         "with atlases": {},
-    }  # fmt: skip
+    }
     question = "Should the members label whole scans, and what should happen to these labels?"
     return _of_config(grid, "scan_labels", question, {value: known[value] for value in _names("scan_labels", values, list(known))})
 

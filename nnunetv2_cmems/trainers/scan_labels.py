@@ -9,6 +9,7 @@ made for later epochs than those that a checkpoint has behind it is made again, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -35,13 +36,14 @@ from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.atlas import Atlas, carried
 from nnunetv2_cmems.method.boxes import surroundings
+from nnunetv2_cmems.method.contacts import Contacts
 from nnunetv2_cmems.method.growth import borders_on_background, ends_at_edges
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import Objective, batch_sizes, overlap, passes_per_step
 from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
-from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, in_one_piece
+from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, alike_apart, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.prediction import is_planar, predict_for, predict_like_folds, predicting
 
@@ -112,11 +114,16 @@ class ScanLabels:
         open_ = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
         grows = ends_at_edges(shown, reach, open_, self._space, self._planar) if reach else open_
         share = 1.0 if volumes else SHARE_OF_A_SLICE
-        self.refinement = Refinement(self._config, single, share, places, outlines, grows, reach)
+        contacts = Contacts.of([label[0].numpy() if self._planar else label.numpy() for _, label in shown], self._space)
+        alike = alike_apart(shown, contacts, self._space) if contacts and self._config.shared_appearance else ()
+        self.refinement = Refinement(self._config, single, share, places, outlines, grows, reach, alike=alike)
         # what networks say at the end of a training is more exact than what they say in its midst; and those that have learned from a whole
         # volume know more than one slice's shape
         finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
-        self.prediction_refinement = dataclasses.replace(self.refinement, config=finer, reach=0.0 if volumes else reach)
+        # and what labels lack networks forget: an organ would become smaller from round to round
+        kept_apart = contacts if self._config.contacts and self._planar else None
+        reach = 0.0 if volumes else reach
+        self.prediction_refinement = dataclasses.replace(self.refinement, config=finer, reach=reach, contacts=kept_apart)
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
         self._config_without: CMEMSConfig | None = None  # the objective's, where no scan has a label before the members make it
@@ -477,6 +484,17 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"Round in every annotated slice, and so drawn along their outlines in other scans: {', '.join(names)}; for what may have any "
             "shape, such as lesions, switch off 'scan_labels.outlines'."
         )
+    if made is not None and made.refinement.alike:
+        pairs = _pairs(trainer.label_space.names, made.refinement.alike)
+        trainer.print_to_log_file(f"Alike in the annotated images, and so in other scans ('scan_labels.shared_appearance'): {pairs}.")
+    contacts = made.prediction_refinement.contacts if made is not None and config.refine_predictions else None
+    if contacts is not None:
+        names = trainer.label_space.names
+        never = [_pairs(names, contacts.apart), *(f"{name} and background" for name, within in zip(names, contacts.enclosed) if within)]
+        trainer.print_to_log_file(
+            f"Never touching in the annotated images, and so not in predictions: {', '.join(filter(None, never))}; organs that do at the "
+            "ends of their row of slices are removed there; for what may lie anywhere, such as lesions, switch off 'scan_labels.contacts'."
+        )
     if not trainer.local_rank:
         if made is None or trainer.current_epoch == 0:
             remove(trainer)
@@ -484,6 +502,11 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             made.files.keep([epoch for epoch in made.begins if epoch < trainer.current_epoch])
     distributed.wait_for_all()
     return made
+
+
+def _pairs(names: Sequence[str], related: Sequence[Sequence[bool]]) -> str:
+    pairs = itertools.combinations(range(len(names)), 2)
+    return ", ".join(f"{names[one]} and {names[other]}" for one, other in pairs if related[one][other])
 
 
 def remove(trainer: Any) -> None:
