@@ -71,15 +71,17 @@ class Contacts:
         where more than :data:`OPEN` of their border is background. Nothing is removed where no slice may show it.
         """
         kept = labels.clone()
-        for k in sorted(range(len(self.enclosed)), key=lambda k: self.enclosed[k]):
-            whole = (kept if self.enclosed[k] else labels).numpy()
-            rows = [z for z, part in enumerate(whole) if (part == k + 1).any()]
-            wrong = [self._cannot_be(k, _contacts(whole[z], len(self.enclosed))) for z in rows]
-            if all(wrong):
-                continue
-            first, last = wrong.index(False), len(wrong) - wrong[::-1].index(False)
-            for z in rows[:first] + rows[last:]:
-                kept[z][labels[z] == k + 1] = 0
+        for enclosed in (False, True):
+            whole = kept.numpy().copy()
+            counts = [_contacts(part, len(self.enclosed)) for part in whole]
+            for k in (k for k, one in enumerate(self.enclosed) if one == enclosed and (one or any(self.apart[k]))):
+                rows = [z for z, part in enumerate(whole) if (part == k + 1).any()]
+                wrong = [self._cannot_be(k, counts[z]) for z in rows]
+                if all(wrong):
+                    continue
+                first, last = wrong.index(False), len(wrong) - wrong[::-1].index(False)
+                for z in rows[:first] + rows[last:]:
+                    kept[z][labels[z] == k + 1] = 0
         return kept
 
     def _cannot_be(self, k: int, counts: np.ndarray) -> bool:
@@ -92,10 +94,11 @@ class Contacts:
 
 def _contacts(label: np.ndarray, count: int) -> np.ndarray:
     """(1 + F, 1 + F): how many pairs of neighbouring voxels are of these two values; 0 of the same ones, and of what is not annotated."""
-    found = np.zeros((count + 1, count + 1))
+    found = np.zeros((count + 1) ** 2)
     for axis in range(label.ndim):
         along = np.moveaxis(label, axis, 0)
-        one, other = along[:-1].ravel(), along[1:].ravel()
+        one, other = along[:-1], along[1:]
         here = (one != other) & (one >= 0) & (other >= 0)
-        np.add.at(found, (one[here], other[here]), 1)
-    return found + found.T
+        found += np.bincount(one[here].astype(np.int64) * (count + 1) + other[here], minlength=len(found))
+    square = found.reshape(count + 1, count + 1)
+    return square + square.T

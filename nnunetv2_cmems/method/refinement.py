@@ -312,7 +312,9 @@ def alike_apart(shown: Sequence[tuple[Tensor, Tensor]], contacts: Contacts, spac
         For each class which others; empty where there are none.
     """
     greys = torch.cat([image[:, label > 0] for image, label in shown], 1).float()
-    classes = space.certain(torch.cat([label[label > 0] for _, label in shown])[None])[0][1:]
+    some = slice(None, None, -(-greys.shape[1] // _MOST_FOR_QUANTILE))
+    greys, labels = greys[:, some], torch.cat([label[label > 0] for _, label in shown])[some]
+    classes = space.certain(labels[None])[0][1:]
     same = torch.tensor(contacts.apart)
     for channel in greys:
         roots = (_log_histograms(classes, _binned(channel)) / 2).exp()
