@@ -199,10 +199,10 @@ class ScanLabelsConfig:
         largest_piece: keep only the largest connected piece of the foreground where the annotated volume's foreground is one piece, and
             so for each class. Where only slices are annotated, pieces at least half as large as the largest one are kept, too: a slice
             may show one of two organs.
-        outlines: what every annotated slice shows as a convex disc gets a smooth outline along the edges of the scan, slice by slice. For
-            2D configurations and thick slices.
-        shared_appearance: classes that never touch and have about the same grey values in the annotated images, as blood in two ventricles,
-            have about the same ones in each scan, too.
+        outlines: what every annotated slice shows as a convex disc gets a smooth outline along the edges of the scan, slice by slice; in
+            predictions it may lie far from what is drawn, over what looks like the organ. For 2D configurations and thick slices.
+        shared_appearance: in predictions classes that never touch and have about the same grey values in the annotated images, as blood in
+            two ventricles, have about the same ones in each scan, too.
         contacts: from predictions an organ is removed in slices at the ends of its row in which it touches one that it never touches in the
             annotated images, or background, if it lies within others there. For 2D configurations and thick slices; to be switched off
             for what may lie anywhere, such as lesions.

@@ -199,7 +199,7 @@ def test_predictions_have_outlines_where_slices_are_apart(space: LabelSpace, pla
     without = rule(space, on=False).logits(logits, scan(truth), space, planar)
     decided = space.decide(space.probabilities(after[None]), 0.0).labels[0].to(torch.int8)
     said = heads(drawn, space)
-    expected = known(space).drawn(said, scan(truth), space) if planar else said
+    expected = known(space).traced(said, scan(truth), space)[0] if planar else said
     assert torch.equal(after, without) != planar
     assert torch.isfinite(after).all() and torch.equal(decided, expected)
 
@@ -237,14 +237,15 @@ def test_outlines_run_between_voxels(space: LabelSpace) -> None:
     assert dice(larger(after), circle) > 0.99 > 0.985 > dice(larger(stepped), circle)
 
 
-def test_a_wall_goes_on_as_far_as_it_looks_like_wall() -> None:
+def test_in_predictions_a_wall_goes_on_as_far_as_it_looks_like_wall() -> None:
     """Of one that is more than twice as thick as drawn the outer edge is found; other tissue, however far it goes, is none of it."""
     truth = heart(6, 15.5, crescent=False)[None]
     drawn = heart(6, 10, crescent=False)[None]
-    after = known(CLASSES).drawn(drawn, scan(truth), CLASSES)
-    assert dice(drawn == 2, truth == 2) < 0.6 and dice(after == 2, truth == 2) > 0.9
+    after, (border,) = known(CLASSES).traced(drawn, scan(truth), CLASSES)
+    assert dice(drawn == 2, truth == 2) < 0.6 and dice(after == 2, truth == 2) > 0.9 and (border.distance < outlines.NEAR).all()
+    assert dice(known(CLASSES).drawn(drawn, scan(truth), CLASSES) == 2, truth == 2) < 0.6, "labels do without"
     other = torch.where((truth == 2) & (drawn != 2), 3, truth)
-    stays = known(CLASSES).drawn(drawn, scan(other, (1.0, 1.5, 0.0, 0.35)), CLASSES)
+    stays, _ = known(CLASSES).traced(drawn, scan(other, (1.0, 1.5, 0.0, 0.35)), CLASSES)
     assert dice(stays == 2, drawn == 2) > 0.9
 
 

@@ -30,8 +30,11 @@ ROUND = 0.95
 NEARLY_ROUND = 0.85
 """The same of what is drawn in a slice, if it is to be drawn anew: what is less round is no organ as it is known, but a mistake."""
 
-LEAST_OVERLAP = 0.6
+LEAST_OVERLAP = 0.75
 """Dice of the new disc with the one that was drawn; what differs more is another edge's."""
+
+LEAST_OVERLAP_OVER_IT = 0.6
+"""The same where outlines go on over what looks like the organ."""
 
 FEWEST = 12
 """Pixels of a disc that has a shape."""
@@ -138,11 +141,14 @@ class Outlines:
         Returns:
             A tensor of the same shape.
         """
-        return self._drawn(labels, image, space)[0]
+        return self._drawn(labels, image, space, False)[0]
 
     def traced(self, labels: Tensor, image: Tensor, space: LabelSpace) -> tuple[Tensor, list[Border]]:
-        """:meth:`drawn`, and its outlines along edges, with the voxels less than :data:`NEAR` from them that other organs do not keep."""
-        found, curves = self._drawn(labels, image, space)
+        """:meth:`drawn`, and its outlines along edges, with the voxels less than :data:`NEAR` from them that other organs do not keep.
+
+        Here outlines go on, at less cost, over what looks like the organ: through a wall that is thicker than what is drawn, to its edge.
+        """
+        found, curves = self._drawn(labels, image, space, True)
         borders = []
         for index, k, curve in curves:
             organs = k, *(() if isinstance(space, Regions) else self.enclosed[k])
@@ -153,7 +159,9 @@ class Outlines:
             borders.append(Border(organs, place, torch.from_numpy(distance[y, x].astype(np.float32))))
         return found, borders
 
-    def _drawn(self, labels: Tensor, image: Tensor, space: LabelSpace) -> tuple[Tensor, list[tuple[int, int, np.ndarray]]]:
+    def _drawn(
+        self, labels: Tensor, image: Tensor, space: LabelSpace, over_it: bool
+    ) -> tuple[Tensor, list[tuple[int, int, np.ndarray]]]:
         """The labels, and of each outline along edges its slice, its organ and its curve (A, 2)."""
         found, every = labels.clone(), []
         exclusive = not isinstance(space, Regions)
@@ -162,15 +170,17 @@ class Outlines:
             masks = _masks(labels, index, space)
             if not masks.any():
                 continue
-            new, curves = self._in_slice(masks, grey, exclusive)
+            new, curves = self._in_slice(masks, grey, exclusive, over_it)
             drawn = torch.from_numpy(new)
             found[..., index, :, :] = (drawn * order).sum(0) if exclusive else drawn
             every += [(index, k, curve) for k, curve in curves.items()]
         return found, every
 
-    def _in_slice(self, masks: np.ndarray, grey: np.ndarray, exclusive: bool) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    def _in_slice(
+        self, masks: np.ndarray, grey: np.ndarray, exclusive: bool, over_it: bool
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Masks (F, Y, X) of a slice (Y, X), with new discs, and for those along edges their curves (A, 2); ``exclusive``: no pixel is in
-        two."""
+        two; ``over_it``: outlines go on over what looks like the organ."""
         masks, curves = masks.copy(), {}
         as_drawn = [_union(masks, [k, *inner]) for k, inner in enumerate(self.enclosed)]
         fine = [disc.sum() >= FEWEST and _roundness(disc) >= NEARLY_ROUND for disc in as_drawn]
@@ -182,9 +192,10 @@ class Outlines:
             disc = masks[k] | core
             new = _hull(disc)
             if self.open[k]:
-                curve = _along_edges(new, core, grey, self.radius[k])
+                curve = _along_edges(new, core, grey, self.radius[k], over_it)
                 new = _hull(polygon2mask(disc.shape, curve))
-                if 2 * (new & disc).sum() < LEAST_OVERLAP * (new.sum() + disc.sum()):
+                least = LEAST_OVERLAP_OVER_IT if over_it else LEAST_OVERLAP
+                if 2 * (new & disc).sum() < least * (new.sum() + disc.sum()):
                     continue
                 curves[k] = curve
             if exclusive:
@@ -219,9 +230,9 @@ def _roundness(disc: np.ndarray) -> float:
     return float(disc.sum() / max(1, _hull(disc).sum()))
 
 
-def _along_edges(disc: np.ndarray, core: np.ndarray, grey: np.ndarray, radius: float) -> np.ndarray:
+def _along_edges(disc: np.ndarray, core: np.ndarray, grey: np.ndarray, radius: float, over_it: bool) -> np.ndarray:
     """The corners (A, 2) of a curve along edges, from the disc (Y, X) that is drawn and what it encloses; ``radius`` is the annotated
-    one's."""
+    one's; ``over_it``: it goes on over what looks like the organ."""
     centre = ndimage.center_of_mass(core if core.sum() >= FEWEST else disc)
     edges = ndimage.gaussian_gradient_magnitude(grey, max(_LEAST_EDGE_WIDTH, _EDGE_WIDTH * radius))
     near = ndimage.binary_dilation(disc, iterations=max(1, round(3 * _AWAY * radius)))
@@ -233,9 +244,11 @@ def _along_edges(disc: np.ndarray, core: np.ndarray, grey: np.ndarray, radius: f
     passed = np.cumsum(np.where(rays > inner + _WALL * radius, along, 0), 1) * _STEP
     behind = round(_BEHIND / _STEP)
     in_the_way = np.pad(passed, ((0, 0), (behind, 0)))[:, : len(rays)]
-    beyond = np.diff(np.maximum(rays - drawn[:, None], 0), axis=1, prepend=0)
-    alike = _like(grey[disc & ~core], ndimage.map_coordinates(grey, _places(centre, rays), order=1, mode="nearest"))
-    far = np.maximum(drawn[:, None] - rays, 0) + np.cumsum(np.where(alike, _MORE_OF_IT, 1) * beyond, 1)
+    far = np.abs(rays - drawn[:, None])
+    if over_it:
+        alike = _like(grey[disc & ~core], ndimage.map_coordinates(grey, _places(centre, rays), order=1, mode="nearest"))
+        beyond = np.diff(np.maximum(rays - drawn[:, None], 0), axis=1, prepend=0)
+        far -= (1 - _MORE_OF_IT) * np.cumsum(np.where(alike, beyond, 0), 1)
     away = far / (_ROOM * max(radius / 3, float(drawn.mean())))
     score = np.where(rays > inner + _AWAY * radius, along - _IN_THE_WAY * in_the_way - away**2, _NEVER)
     return np.stack(_places(centre, rays[_best_path(score)][:, None]), -1)[:, 0]

@@ -116,14 +116,18 @@ class ScanLabels:
         share = 1.0 if volumes else SHARE_OF_A_SLICE
         contacts = Contacts.of([label[0].numpy() if self._planar else label.numpy() for _, label in shown], self._space)
         alike = alike_apart(shown, contacts, self._space) if contacts and self._config.shared_appearance else ()
-        self.refinement = Refinement(self._config, single, share, places, outlines, grows, reach, alike=alike)
+        self.refinement = Refinement(self._config, single, share, places, outlines, grows, reach)
         # what networks say at the end of a training is more exact than what they say in its midst; and those that have learned from a whole
         # volume know more than one slice's shape
         finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
-        # and what labels lack networks forget: an organ would become smaller from round to round
-        kept_apart = contacts if self._config.contacts and self._planar else None
-        reach = 0.0 if volumes else reach
-        self.prediction_refinement = dataclasses.replace(self.refinement, config=finer, reach=reach, contacts=kept_apart)
+        # what labels lack, or have too much of, networks would learn, and round by round it would become more
+        self.prediction_refinement = dataclasses.replace(
+            self.refinement,
+            config=finer,
+            reach=0.0 if volumes else reach,
+            contacts=contacts if self._config.contacts and self._planar else None,
+            alike=alike,
+        )
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
         self._config_without: CMEMSConfig | None = None  # the objective's, where no scan has a label before the members make it
@@ -484,17 +488,8 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"Round in every annotated slice, and so drawn along their outlines in other scans: {', '.join(names)}; for what may have any "
             "shape, such as lesions, switch off 'scan_labels.outlines'."
         )
-    if made is not None and made.refinement.alike:
-        pairs = _pairs(trainer.label_space.names, made.refinement.alike)
-        trainer.print_to_log_file(f"Alike in the annotated images, and so in other scans ('scan_labels.shared_appearance'): {pairs}.")
-    contacts = made.prediction_refinement.contacts if made is not None and config.refine_predictions else None
-    if contacts is not None:
-        names = trainer.label_space.names
-        never = [_pairs(names, contacts.apart), *(f"{name} and background" for name, within in zip(names, contacts.enclosed) if within)]
-        trainer.print_to_log_file(
-            f"Never touching in the annotated images, and so not in predictions: {', '.join(filter(None, never))}; organs that do at the "
-            "ends of their row of slices are removed there; for what may lie anywhere, such as lesions, switch off 'scan_labels.contacts'."
-        )
+    if made is not None and config.refine_predictions:
+        _tell_of_predictions(trainer, made.prediction_refinement)
     if not trainer.local_rank:
         if made is None or trainer.current_epoch == 0:
             remove(trainer)
@@ -504,9 +499,23 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
     return made
 
 
-def _pairs(names: Sequence[str], related: Sequence[Sequence[bool]]) -> str:
+def _tell_of_predictions(trainer: Any, rule: Refinement) -> None:
+    names = trainer.label_space.names
+    if rule.alike:
+        pairs = ", ".join(_pairs(names, rule.alike))
+        trainer.print_to_log_file(f"Alike in the annotated images, and so in predictions ('scan_labels.shared_appearance'): {pairs}.")
+    if rule.contacts is not None:
+        inner = [f"{name} and background" for name, within in zip(names, rule.contacts.enclosed) if within]
+        never = ", ".join([*_pairs(names, rule.contacts.apart), *inner])
+        trainer.print_to_log_file(
+            f"Never touching in the annotated images, and so not in predictions: {never}; organs that do at the ends of their row of "
+            "slices are removed there; for what may lie anywhere, such as lesions, switch off 'scan_labels.contacts'."
+        )
+
+
+def _pairs(names: Sequence[str], related: Sequence[Sequence[bool]]) -> list[str]:
     pairs = itertools.combinations(range(len(names)), 2)
-    return ", ".join(f"{names[one]} and {names[other]}" for one, other in pairs if related[one][other])
+    return [f"{names[one]} and {names[other]}" for one, other in pairs if related[one][other]]
 
 
 def remove(trainer: Any) -> None:
