@@ -44,9 +44,9 @@ class Contacts:
         if isinstance(space, Regions) or not labels:
             return None
         count = len(space.names)
-        counts = np.sum([_contacts(label, count) for label in labels], 0)
+        each = np.stack([_contacts(label, count) for label in labels])
+        counts, there = each.sum(0), each.sum(2)[:, 1:] > 0
         borders = counts.sum(1)
-        there = np.array([[(label == k).any() for k in range(1, count + 1)] for label in labels])
         together = (there[:, :, None] & there[:, None]).any(0)
         apart = together & (counts[1:, 1:] <= STRAY * np.minimum(borders[1:, None], borders[1:]))
         np.fill_diagonal(apart, False)
