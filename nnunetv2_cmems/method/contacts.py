@@ -72,7 +72,7 @@ class Contacts:
         """
         kept = labels.clone()
         for enclosed in (False, True):
-            whole = kept.numpy().copy()
+            whole = kept.numpy()
             counts = [_contacts(part, len(self.enclosed)) for part in whole]
             for k in (k for k, one in enumerate(self.enclosed) if one == enclosed and (one or any(self.apart[k]))):
                 rows = [z for z, part in enumerate(whole) if (part == k + 1).any()]

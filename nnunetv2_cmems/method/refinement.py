@@ -52,7 +52,7 @@ CONFIDENCE_IN_GROWTH = 0.7
 _SMOOTHING = 1.0  # sigma of the histograms' blur, in bins
 _FLOOR = 1e-2  # voxels that each bin has at least
 _LEAST_PRIOR = 1e-6
-_MOST_FOR_QUANTILE = 10**6
+_MOST_VOXELS = 10**6  # that quantiles and annotated histograms are taken of; torch's quantile takes no more than 16 million
 
 
 @dataclass(frozen=True)
@@ -283,9 +283,13 @@ def _blurred(probabilities: Tensor, sigma: float, planar: bool) -> Tensor:
 
 def _binned(values: Tensor) -> Tensor:
     """The bin of each of (N,) grey values; the first and the last bin also hold what lies beyond the quantiles 1 % and 99 %."""
-    some = values[:: -(-len(values) // _MOST_FOR_QUANTILE)]  # torch's quantile takes no more than 16 million
-    low, high = torch.quantile(some, torch.tensor([0.01, 0.99], device=values.device))
+    low, high = torch.quantile(values[_some(len(values))], torch.tensor([0.01, 0.99], device=values.device))
     return ((values - low) / (high - low).clamp_min(1e-3) * (BINS - 1)).round().clamp(0, BINS - 1).long()
+
+
+def _some(count: int) -> slice:
+    """Of so many voxels at most :data:`_MOST_VOXELS`, evenly spread."""
+    return slice(None, None, -(-count // _MOST_VOXELS))
 
 
 def _log_histograms(probabilities: Tensor, bins: Tensor, shares: Tensor | None = None) -> Tensor:
@@ -312,7 +316,7 @@ def alike_apart(shown: Sequence[tuple[Tensor, Tensor]], contacts: Contacts, spac
         For each class which others; empty where there are none.
     """
     greys = torch.cat([image[:, label > 0] for image, label in shown], 1).float()
-    some = slice(None, None, -(-greys.shape[1] // _MOST_FOR_QUANTILE))
+    some = _some(greys.shape[1])
     greys, labels = greys[:, some], torch.cat([label[label > 0] for _, label in shown])[some]
     classes = space.certain(labels[None])[0][1:]
     same = torch.tensor(contacts.apart)

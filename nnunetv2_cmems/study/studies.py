@@ -156,7 +156,7 @@ def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stu
         "refined": {"scan_labels": {**alone, "propagation": 0.0, "growth": 0.0}},
         "refined and grown": {"scan_labels": {**alone, "propagation": 0.0}},
         "with propagation": {"scan_labels": alone},
-        "with outlines": {"scan_labels": {"atlases": 0, "places": False, "contacts": False, "shared_appearance": False}},
+        "with outlines": {"scan_labels": {**alone, "outlines": True}},
         "with contacts": {"scan_labels": {"atlases": 0, "places": False}},
         "with places": {"scan_labels": {"atlases": 0}},
         "with atlases": {},
