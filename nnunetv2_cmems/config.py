@@ -210,6 +210,8 @@ class ScanLabelsConfig:
             several slices of one, are annotated, with two classes or more. To be switched off for what may lie anywhere, such as lesions.
         atlases: so many wholly annotated volumes, chosen at random, are registered onto each scan before the first step, and their labels
             count from then on: at first alone, then beside what the members say. 0: none.
+        atlases_in_predictions: atlases are registered onto each scan that is predicted, too. For this the checkpoints hold their grey
+            values and labels: whoever gets one gets these.
         in_space: also where a 3D configuration's voxels are less than three times as thick as wide, and no atlas counts. Off, because it
             cost accuracy on the one such data set that it was tried on.
         most_scans: so many scans get labels by the members at most, chosen at random, the same ones each time; the others are taught as
@@ -227,6 +229,7 @@ class ScanLabelsConfig:
     contacts: bool = True
     places: bool = True
     atlases: int = _between(0, 100, 3)
+    atlases_in_predictions: bool = True
     in_space: bool = False
     most_scans: int = _between(2, 10**6, 200)
 
@@ -293,8 +296,8 @@ class CMEMSConfig:
         refine_predictions: predictions of whole scans keep organs to their places, follow the most certain slices and the grey values,
             lose small pieces, grow (not where a volume is annotated as a whole), have round organs drawn along their outlines, and lose
             organs where they touch what they never touch, as ``places``, ``propagation``, ``appearance``, ``shared_appearance``,
-            ``smoothing``, ``largest_piece``, ``growth``, ``outlines`` and ``contacts`` of ``scan_labels`` say; where a training makes no
-            labels of whole scans, its predictions are not refined.
+            ``smoothing``, ``largest_piece``, ``growth``, ``outlines``, ``contacts`` and ``atlases_in_predictions`` of ``scan_labels`` say;
+            where a training makes no labels of whole scans, its predictions are not refined.
         scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.

@@ -11,8 +11,11 @@ import torch
 from test_refinement import CLASSES, REGIONS, dice
 from torch import Tensor
 
-from nnunetv2_cmems.method.atlas import Atlas, carried
+from nnunetv2_cmems.config import ScanLabelsConfig
+from nnunetv2_cmems.method import atlas as atlas_module
+from nnunetv2_cmems.method.atlas import Atlas, carried, from_tensor, refined_on, to_tensor
 from nnunetv2_cmems.method.label_space import LabelSpace
+from nnunetv2_cmems.method.refinement import Refinement
 
 
 def says(atlases: list[Atlas], scan: np.ndarray, space: LabelSpace = CLASSES) -> tuple[Tensor, Tensor]:
@@ -126,3 +129,42 @@ def test_channels_count_together() -> None:
     one = says([Atlas(image, label.numpy())], scan)[0]
     two = says([Atlas(np.repeat(image, 2, 0), label.numpy())], np.repeat(scan, 2, 0))[0]
     torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("finest", [128, 24], ids=["as it is", "at half of the resolution"])
+def test_what_is_kept_registers_as_the_volume_itself(monkeypatch: pytest.MonkeyPatch, finest: int) -> None:
+    """Two channels of any brightness; a large volume is kept no finer than demons see it, its label as it is."""
+    monkeypatch.setattr(atlas_module, "_FINEST", finest)
+    image, label = body()
+    partly = label.numpy().copy()
+    partly[:, :, 44:] = -1
+    whole = Atlas(1e6 * np.concatenate([image, 1 + 2 * image]) + 7e4, partly)
+    stored = to_tensor([whole, Atlas(*(one if isinstance(one, np.ndarray) else one.numpy() for one in body(size=0.9)))])
+    assert stored.dtype == torch.uint8 and stored.ndim == 1
+    kept, other = from_tensor(stored)
+    assert np.array_equal(kept.label, partly) and np.array_equal(other.label, body(size=0.9)[1].numpy())
+    assert kept.image.shape == ((1, *SHAPE) if finest == 128 else (1, 20, 22, 24))
+    scan = body(moved=(0.0, 1.0, 1.0))[0]
+    (found, known), (kept_found, kept_known) = says([whole], scan), says([kept], scan)
+    assert (known != kept_known).float().mean() < 0.03
+    assert (found - kept_found).abs().mean() < (0.001 if finest == 128 else 0.01)
+    assert min(dice(kept_found, body(moved=(0.0, 1.0, 1.0))[1], CLASSES)) > 0.85
+
+
+@SPACES
+def test_refined_it_follows_the_scans_grey_values(space: LabelSpace) -> None:
+    image, label = body()
+    scan, truth = body((24, 52, 50), moved=(1.5, 3.0, -3.0), size=1.2)
+    rule = Refinement(ScanLabelsConfig(places=False), (False,) * 3, 1.0)
+    given = [Atlas(image, label.numpy())], torch.from_numpy(0.7 * scan + 0.5)
+    found, refined = carried(*given, space), refined_on(*given, rule, space, False)
+    assert found is not None and refined is not None and torch.equal(found[1], refined[1])
+    assert refined[0].shape == found[0].shape and (refined[0] >= 0).all() and (refined[0] <= 1 + 1e-6).all()
+    before, after = dice(found[0], truth, space), dice(refined[0], truth, space)
+    assert np.mean(after) > np.mean(before) and min(after) > 0.9
+
+
+def test_refined_where_nothing_can_be_registered() -> None:
+    image, label = body()
+    rule = Refinement(ScanLabelsConfig(), (False,) * 3, 1.0)
+    assert refined_on([Atlas(np.ones_like(image), label.numpy())], torch.from_numpy(image), rule, CLASSES, False) is None

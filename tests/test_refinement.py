@@ -286,3 +286,22 @@ def test_logits_follow_the_slices_that_members_agree_on() -> None:
 @pytest.mark.parametrize(("planar", "share", "expected"), [(True, 0.5, True), (True, 0.0, False), (False, 0.5, False)])
 def test_slices_count_for_others_where_they_are_apart(planar: bool, share: float, expected: bool) -> None:
     assert Refinement(ScanLabelsConfig(propagation=share), (True,), 1.0).propagates(planar) == expected
+
+
+@pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
+def test_predictions_are_the_mean_with_what_volumes_say(space: LabelSpace) -> None:
+    """Grey values decide between the two; where volumes know nothing the networks say alone; organs that only they see are found."""
+    truth = ball(12)
+    rule = Refinement(CONFIG, (False,) * 3, 1.0)
+    networks, volumes = (says(ball(12).roll(shift, 1), space, 0.99) for shift in (4, -4))
+    logits, image = space.logits(networks[None])[0], grey(truth)
+    known = torch.ones(SHAPE, dtype=torch.bool)
+    alone = rule.logits(logits, image, space, True)
+    together = rule.logits(logits, image, space, True, registered=(volumes, known))
+    scores = [np.mean(dice(space.probabilities(one[None])[0], truth, space)) for one in (logits, alone, together)]
+    assert scores[2] > max(scores[:2]) + 0.02 and scores[2] > 0.95
+    torch.testing.assert_close(rule.logits(logits, image, space, True, registered=(volumes, ~known)), alone)
+    nothing = space.logits(says(torch.zeros(SHAPE, dtype=torch.long), space, 0.9999)[None])[0]
+    assert torch.equal(rule.logits(nothing, image, space, True), nothing)
+    found = rule.logits(nothing, image, space, True, registered=(says(truth, space, 1.0), known))
+    assert min(dice(space.probabilities(found[None])[0], truth, space)) > 0.85

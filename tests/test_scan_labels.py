@@ -37,7 +37,7 @@ from nnunetv2_cmems.method.objective import known_first, passes_per_step
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.refinement import Refinement
 from nnunetv2_cmems.trainers import scan_labels as rounds
-from nnunetv2_cmems.trainers.prediction import predict_like_folds, predict_with_agreement, predicting
+from nnunetv2_cmems.trainers.prediction import predict_for, predict_like_folds, predict_with_agreement, predicting
 from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
@@ -150,10 +150,10 @@ def test_only_the_surroundings_of_foreground_are_worked_on(
     refine = refinement.refine
     monkeypatch.setattr(refinement, "refine", lambda p, *rest: (seen.append(tuple(p.shape[1:])), refine(p, *rest))[1])
     found = made._labels_of(logits, image)
-    monkeypatch.setattr(rounds, "LEAST_LOGIT", -1e9)
+    monkeypatch.setattr(refinement, "LEAST_LOGIT", -1e9)
     assert np.array_equal(found, made._labels_of(logits, image)) and found.any()
     assert seen[0] < seen[-1] == shape and max(seen[0][1:]) < 50
-    monkeypatch.setattr(rounds, "LEAST_LOGIT", 1e9)
+    monkeypatch.setattr(refinement, "LEAST_LOGIT", 1e9)
     assert not made._labels_of(logits, image).any()
 
 
@@ -475,8 +475,8 @@ def test_volumes_of_cubic_voxels_have_labels_by_registration(workspace: Workspac
 @pytest.mark.parametrize("fewest", [0.3, 0.4], ids=["enough", "too few"])
 def test_scans_that_cannot_be_registered(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, fewest: float, in_space: bool) -> None:
     """They are taught as where there is no volume; and so are all, if it is too few that can be."""
-    done = rounds.carried
-    monkeypatch.setattr(rounds, "carried", lambda *given: done(*given) if given[1].sum() == chosen else None)
+    done = rounds.refined_on
+    monkeypatch.setattr(rounds, "refined_on", lambda *given: done(*given) if given[1].sum() == chosen else None)
     monkeypatch.setattr(rounds, "FEWEST_REGISTERED", fewest)
     chosen = torch.from_numpy(workspace.image(UNLABELLED[1])).sum()
     if in_space:
@@ -491,6 +491,55 @@ def test_scans_that_cannot_be_registered(workspace: Workspace, monkeypatch: pyte
     assert plain(trainer) != enough
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
     assert f"onto 1 of 3 unlabelled scans: {'their' if enough else 'too few'}" in log
+
+
+@pytest.mark.usefixtures("trusting")
+@pytest.mark.parametrize("prepare", [lambda workspace: {}, in_three_dimensions, with_regions], ids=["2d", "3d", "regions"])
+def test_annotated_volumes_are_registered_onto_what_is_predicted(
+    workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]]
+) -> None:
+    """The checkpoint holds them, its log says so, and nnU-Net's prediction is the mean with what they say."""
+    workspace.configure(**WHOLE)
+    trainer = workspace.train(**prepare(workspace))
+    fold = Path(trainer.output_folder)
+    stored = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]["atlases"]
+    (kept,) = atlas.from_tensor(stored)
+    assert np.array_equal(kept.label, workspace.label(EXEMPLAR["case"])[0])
+    log = next(fold.glob("training_log_*.txt")).read_text()
+    assert f"the checkpoints hold the grey values and labels of {EXEMPLAR['case']}" in log
+    refined, raw = predicted(workspace, fold)
+    image, space, planar = torch.from_numpy(workspace.image(VALIDATION[0])), trainer.label_space, trainer._scan_labels._planar
+    rule = Refinement.from_tensor(trainer.mutual_networks.refinement, space)  # in single precision
+    with predicting(trainer, mirroring=False) as predictor, torch.inference_mode():
+        mean, agreement = predict_for(rule, predictor, image, space, planar)
+        said = atlas.refined_on([kept], image, rule, space, planar)
+        expected, alone = (rule.logits(mean, image, space, planar, agreement, one).half() for one in (said, None))
+    assert said is not None and np.array_equal(mean.numpy(), raw)
+    assert np.array_equal(refined, expected.numpy()) and (expected - alone).abs().max() > 1
+
+
+@pytest.mark.usefixtures("trusting")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"scan_labels": {"at": [0.5], "atlases_in_predictions": False}},
+        {"refine_predictions": False},
+        {"exemplar": [EXEMPLAR]},
+        {"scan_labels": {"at": [0.5], "atlases": 0}},
+        "too few",
+    ],
+    ids=["off", "not refined", "a slice", "no atlases", "too few scans"],
+)
+def test_checkpoints_without_annotated_volumes(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
+    if config == "too few":
+        monkeypatch.setattr(rounds, "refined_on", lambda *_: None)
+        config = {}
+    workspace.configure(**{**WHOLE, **config})
+    trainer = workspace.train()
+    assert trainer.mutual_networks.atlases is None
+    assert "atlases" not in torch.load(workspace.fold() / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert "checkpoints hold" not in next(workspace.fold().glob("training_log_*.txt")).read_text()
+    predicted(workspace)
 
 
 def test_a_few_volumes_are_enough(workspace: Workspace) -> None:
@@ -538,20 +587,24 @@ def test_only_the_surroundings_of_registered_organs_are_worked_on(
     says = made._space.certain(made._space.target(truth.roll(2, 2)[None]))[0].float()
     known = torch.ones(shape, dtype=torch.bool)
     known[:, :5] = False
-    monkeypatch.setattr(rounds, "carried", lambda *_: (says, known))
-    found = made._carried([], image)
+    monkeypatch.setattr(atlas, "carried", lambda *_: (says.clone(), known))
+
+    def labels() -> np.ndarray:
+        refined = atlas.refined_on([], image, made.refinement, made._space, made._planar)
+        assert refined is not None
+        return made._decided(*refined)
+
+    found = labels()
     assert (found[..., :5, :] == -1).all() and (found[..., 5:, :] >= 0).all() and (found > 0).any()
     seen: list[tuple[int, ...]] = []
     refine = refinement.refine
     monkeypatch.setattr(refinement, "refine", lambda p, *rest: (seen.append(tuple(p.shape[1:])), refine(p, *rest))[1])
-    made._carried([], image)
-    monkeypatch.setattr(rounds, "LEAST_PROBABILITY", -1.0)
-    assert np.array_equal(found, made._carried([], image))
+    labels()
+    monkeypatch.setattr(refinement, "LEAST_PROBABILITY", -1.0)
+    assert np.array_equal(found, labels())
     assert max(seen[0][1:]) < 50 and seen[1] == shape
-    monkeypatch.setattr(rounds, "LEAST_PROBABILITY", 2.0)
-    assert not (made._carried([], image) > 0).any()
-    monkeypatch.setattr(rounds, "carried", lambda *_: None)
-    assert made._carried([], image) is None
+    monkeypatch.setattr(refinement, "LEAST_PROBABILITY", 2.0)
+    assert not np.array_equal(found, labels()) and len(seen) == 2, "no organ, nothing to refine"
 
 
 @pytest.mark.usefixtures("trusting")
@@ -593,10 +646,10 @@ def test_passes_of_the_earlier_consistency_are_counted(workspace: Workspace) -> 
 # ------------------------------------------------------------------ predictions
 
 
-def predicted(workspace: Workspace) -> tuple[np.ndarray, np.ndarray]:
+def predicted(workspace: Workspace, fold: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What nnU-Net's own prediction makes of a scan with the trained model, and what the members say."""
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=False)
-    predictor.initialize_from_trained_model_folder(str(workspace.fold().parent), (0,))
+    predictor.initialize_from_trained_model_folder(str(Path(fold or workspace.fold()).parent), (0,))
     image = torch.from_numpy(workspace.image(VALIDATION[0]))
     return predictor.predict_logits_from_preprocessed_data(image).numpy(), predict_like_folds(predictor, image).numpy()
 

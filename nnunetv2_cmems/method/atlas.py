@@ -7,6 +7,7 @@ is not what networks know that have learned from one volume, so each corrects th
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,11 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.demons import blurred, demons, in_this_thread, matched, resampled, shrunk
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import overlap
+from nnunetv2_cmems.method.refinement import Refinement, near_organs
 
 LEAST_AGREEMENT = 0.6
 """Dice of an atlas's labels by one alignment with those by another, mean over pairs and organs, from which on they are trusted."""
@@ -43,10 +46,48 @@ class Atlas:
     Attributes:
         image: preprocessed, float32 (C, Z, Y, X).
         label: label map, integers (Z, Y, X); negative where nothing is annotated.
+        origin: (x, y, z) of the image's first voxel, in voxels of the label.
+        spacing: (x, y, z) of the image, in voxels of the label.
     """
 
     image: np.ndarray
     label: np.ndarray
+    origin: tuple[float, ...] = (0.0, 0.0, 0.0)
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def grey(self) -> sitk.Image:
+        """The mean of the channels; its places are voxels of the label."""
+        image = _grey(self.image)
+        image.SetOrigin(self.origin)
+        image.SetSpacing(self.spacing)
+        return image
+
+
+def to_tensor(atlases: Sequence[Atlas]) -> Tensor:
+    """Bytes, uint8 (n,), to be kept with the networks' weights: of each atlas the mean of the channels, from 0 to 1 in half precision, at
+    the highest resolution that demons see; and the label. How bright an image is makes no difference to registration."""
+    parts = {}
+    for index, atlas in enumerate(atlases):
+        grey = atlas.grey()
+        small = shrunk(grey, _factors(grey, _halvings(grey, _FINEST)))
+        values = sitk.GetArrayFromImage(small)
+        values = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
+        geometry = np.array([small.GetOrigin(), small.GetSpacing()])
+        kept = {"image": values[None].astype(np.float16), "label": atlas.label.astype(np.int16), "geometry": geometry}
+        parts.update({f"{name}_{index}": part for name, part in kept.items()})
+    with io.BytesIO() as file:
+        np.savez_compressed(file, **parts)
+        return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def from_tensor(stored: Tensor) -> list[Atlas]:
+    """The inverse of :func:`to_tensor`, but for what it leaves out."""
+    with np.load(io.BytesIO(stored.cpu().numpy().tobytes()), allow_pickle=False) as parts:
+        atlases = []
+        for index in range(len(parts.files) // 3):
+            origin, spacing = (tuple(map(float, row)) for row in parts[f"geometry_{index}"])
+            atlases.append(Atlas(parts[f"image_{index}"].astype(np.float32), parts[f"label_{index}"], origin, spacing))
+        return atlases
 
 
 @torch.no_grad()
@@ -83,7 +124,7 @@ def _carried(atlas: Atlas, grey: sitk.Image, space: LabelSpace) -> tuple[np.ndar
     decided: list[Tensor] = []
     masks, annotated = space.shown(atlas.label), atlas.label >= 0
     everything = annotated.all()
-    for deformation in _deformations(grey, _grey(atlas.image)):
+    for deformation in _deformations(grey, atlas.grey()):
         moved = np.stack([_moved(mask, deformation, grey) for mask in masks])
         organs += moved
         known += 1 if everything else _moved(annotated, deformation, grey, beyond=1.0) > 0.5
@@ -93,6 +134,32 @@ def _carried(atlas: Atlas, grey: sitk.Image, space: LabelSpace) -> tuple[np.ndar
     if not agreement or not torch.stack(agreement).mean() >= LEAST_AGREEMENT:
         return None
     return organs / len(decided), known / len(decided)
+
+
+@torch.no_grad()
+def refined_on(
+    atlases: Sequence[Atlas], image: Tensor, rule: Refinement, space: LabelSpace, planar: bool
+) -> tuple[Tensor, Tensor] | None:
+    """What :func:`carried` says, refined by the scan's grey values.
+
+    Args:
+        atlases, image, space: as for :func:`carried`.
+        rule: how it is refined.
+        planar: see :func:`~nnunetv2_cmems.method.refinement.refine`.
+
+    Returns:
+        As :func:`carried`.
+    """
+    found = carried(atlases, image, space)
+    if found is None:
+        return None
+    probabilities, known = found
+    margin = rule.margin(None)
+    box = surroundings(near_organs(probabilities, space), [0 if planar else margin, margin, margin])
+    if box is not None:
+        place = (slice(None), *box)
+        probabilities[place] = rule.refined(probabilities[place], image[place], space, planar)
+    return probabilities, known
 
 
 def _with_background(organs: Tensor, space: LabelSpace) -> Tensor:
@@ -117,7 +184,7 @@ def _deformations(fixed: sitk.Image, moving: sitk.Image) -> Iterator[sitk.Transf
     """From places of the fixed image to those of the moving one, for each alignment; none where an image is of one grey."""
     if any(values.min() == values.max() for values in map(sitk.GetArrayViewFromImage, (fixed, moving))):
         return
-    finest, coarsest = (max(0, round(math.log2(max(fixed.GetSize()) / voxels))) for voxels in (_FINEST, _COARSEST))
+    finest, coarsest = (_halvings(fixed, voxels) for voxels in (_FINEST, _COARSEST))
     least = float(sitk.GetArrayViewFromImage(moving).min())
     small = shrunk(fixed, _factors(fixed, coarsest))
     soft = blurred(moving, _factors(moving, coarsest))  # not shrunk: it is looked at between its voxels
@@ -133,6 +200,11 @@ def _deformations(fixed: sitk.Image, moving: sitk.Image) -> Iterator[sitk.Transf
         iterations = [_FEW_ITERATIONS if max(image.GetSize()) >= _LARGE else _ITERATIONS for image, _ in levels]
         bent = demons(levels, iterations, _SMOOTHNESS)
         yield sitk.CompositeTransform([alignment, bent])
+
+
+def _halvings(image: sitk.Image, voxels: int) -> int:
+    """Of the resolution, until the longest side has about so many voxels."""
+    return max(0, round(math.log2(max(image.GetSize()) / voxels)))
 
 
 def _factors(image: sitk.Image, halvings: int) -> list[int]:

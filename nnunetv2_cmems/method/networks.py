@@ -69,6 +69,9 @@ class MutualNetworks(nn.Module):
         self.refinement: Tensor | None
         self.register_buffer("refinement", None)
         """How predictions of whole scans are refined, see :class:`~nnunetv2_cmems.method.refinement.Refinement`; None: not at all."""
+        self.atlases: Tensor | None
+        self.register_buffer("atlases", None)
+        """Annotated volumes that are registered onto what is predicted, from :func:`~nnunetv2_cmems.method.atlas.to_tensor`; None: none."""
         self.only: int | None = None
         """Index of the one member that :meth:`forward` of a single tensor asks; None: the mean of all."""
 
@@ -132,7 +135,7 @@ class MutualNetworks(nn.Module):
         """As in torch, but the number of members and their architectures follow the weights.
 
         nnU-Net builds the network at inference without knowing how many members were trained, and of which kind. Running
-        means that this module does not keep are left out. :attr:`refinement` becomes what the weights say of it.
+        means that this module does not keep are left out. :attr:`refinement` and :attr:`atlases` become what the weights say of them.
         """
         count = count_members(state_dict)
         if count:
@@ -141,7 +144,7 @@ class MutualNetworks(nn.Module):
             del self.members[count:]
             for i, member in enumerate(self.members):
                 self.members[i] = self._of_shape(shapes(state_dict, f"members.{i}."), member)
-        self.refinement = state_dict.get("refinement")
+        self.refinement, self.atlases = state_dict.get("refinement"), state_dict.get("atlases")
         if not len(self.teachers):
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("teachers.")}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -37,6 +37,9 @@ BINS = 24
 LEAST_LOGIT = -6.0
 """Of a class against the background, or of a region: below it a voxel is background and no organ is near."""
 
+LEAST_PROBABILITY = 0.0025
+"""Likewise of an organ by registration."""
+
 NEAR = 0.02
 """Prior probability of any foreground above which a voxel takes part. Elsewhere the prior stays: there is no island far from organs."""
 
@@ -45,6 +48,13 @@ ROOM = 16
 
 SHARPNESS = 4.0
 """Of outlines in predictions: logarithm of the odds of being inside, one voxel from the border."""
+
+SHARE_OF_ATLASES = 0.65
+"""In labels: weight of the labels that annotated volumes give by registration, beside what the members say. So members only move a border
+where the grey values are on their side, too."""
+
+SHARE_IN_PREDICTIONS = 0.5
+"""In predictions: weight of the probabilities that they give, beside what networks say that have learned from all scans."""
 
 CONFIDENCE_IN_GROWTH = 0.7
 """Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
@@ -142,6 +152,21 @@ class Refinement:
             probabilities = self.places.seen_in(probabilities, space)
         return probabilities if agreement is None else propagate(probabilities, image, agreement[:, slices], self.config.propagation, space)
 
+    def box(
+        self, logits: Tensor, space: LabelSpace, planar: bool, agreement: Tensor | None, organs: Tensor | None
+    ) -> tuple[slice, ...] | None:
+        """The part of a scan that is worked on; None where there is no organ.
+
+        Args:
+            logits, space, planar, agreement: as for :meth:`logits`.
+            organs: where else than in ``logits`` there are organs, bool (Z, Y, X); None: nowhere.
+        """
+        margin = self.margin(agreement)
+        somewhere = space.foreground_logits(logits[None])[0] > LEAST_LOGIT
+        if organs is not None:
+            somewhere |= organs
+        return surroundings(somewhere, [0 if planar else margin, margin, margin])
+
     def margin(self, agreement: Tensor | None) -> int:
         """How far around what may be foreground a scan is worked on, in voxels."""
         return max(math.ceil(3 * self.config.smoothing) + 1, 0 if agreement is None else ROOM, math.ceil(self.reach) + 2)
@@ -149,11 +174,15 @@ class Refinement:
     def labels(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """Decisions about a scan without small pieces, int8 (Z, Y, X) or (R, Z, Y, X); arguments as for :func:`refine`. Nothing grows, and
         no outlines are drawn."""
-        return self._large_pieces(_decided(self._refined(probabilities, image, space, planar), space), space)
+        return self.decided(self.refined(probabilities, image, space, planar), space)
+
+    def decided(self, probabilities: Tensor, space: LabelSpace) -> Tensor:
+        """Decisions, int8 (Z, Y, X) or (R, Z, Y, X), without small pieces."""
+        return self._large_pieces(_decided(probabilities, space), space)
 
     def drawn(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """As :meth:`labels`, of organs that have grown, that are drawn along their outlines, and that touch only what they may."""
-        labels = self._large_pieces(_decided(self._grown(probabilities, image, space, planar), space), space)
+        labels = self.decided(self._grown(probabilities, image, space, planar), space)
         outlines = self._outlines_in_slices(planar)
         return self._possible(labels if outlines is None else outlines.drawn(labels, image, space), planar)
 
@@ -163,14 +192,15 @@ class Refinement:
 
     def _grown(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
         """Refined probabilities of organs that have grown."""
-        refined = self._refined(probabilities, image, space, planar)
+        refined = self.refined(probabilities, image, space, planar)
         if not self.reach or not any(self.grows):
             return refined
-        labels = self._large_pieces(_decided(refined, space), space)
+        labels = self.decided(refined, space)
         grown = space.certain(grow(labels, image, self.reach, self.grows, space, planar)[None])[0]
-        return self._refined(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image, space, planar)
+        return self.refined(torch.lerp(probabilities, grown, CONFIDENCE_IN_GROWTH), image, space, planar)
 
-    def _refined(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+    def refined(self, probabilities: Tensor, image: Tensor, space: LabelSpace, planar: bool) -> Tensor:
+        """See :func:`refine`."""
         return refine(probabilities, image, self.config, space, planar, self.alike)
 
     def _possible(self, labels: Tensor, planar: bool) -> Tensor:
@@ -181,24 +211,33 @@ class Refinement:
         return largest_pieces(labels, self.single, self.share, space) if self.config.largest_piece else labels
 
     def logits(
-        self, logits: Tensor, image: Tensor, space: LabelSpace, planar: bool, agreement: Tensor | None = None
+        self,
+        logits: Tensor,
+        image: Tensor,
+        space: LabelSpace,
+        planar: bool,
+        agreement: Tensor | None = None,
+        registered: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Refined logits of a scan (heads, Z, Y, X), from the networks'. What is not near foreground stays as it is.
 
         Where a piece or an organ is removed, or the inner of an outline is drawn anew, what comes is as sure as what was there. Near an
         outline along edges the logarithm of the odds is :data:`SHARPNESS` times the distance to it, so that it stays between voxels where
-        an export changes the resolution. With ``agreement``, (F, Z), slices follow each other, see :meth:`settled`.
+        an export changes the resolution. With ``agreement``, (F, Z), slices follow each other, see :meth:`settled`. With ``registered``,
+        from :func:`~nnunetv2_cmems.method.atlas.refined_on`, the mean with what annotated volumes say is taken, and no outline is drawn:
+        registration tells how large an organ is.
         """
-        margin = self.margin(agreement)
-        box = surroundings(space.foreground_logits(logits[None])[0] > LEAST_LOGIT, [0 if planar else margin, margin, margin])
+        box = self.box(logits, space, planar, agreement, None if registered is None else near_organs(registered[0], space))
         if box is None:
             return logits
         place = (slice(None), *box)
-        probabilities = space.probabilities(logits[place][None])[0]
-        probabilities = self.settled(probabilities, image[place], agreement, box[0], space)
+        probabilities = self.settled(space.probabilities(logits[place][None])[0], image[place], agreement, box[0], space)
+        if registered is not None:
+            said, known = registered
+            probabilities = mean_where(known[box], probabilities, said[place], SHARE_IN_PREDICTIONS)
         probabilities = self._grown(probabilities, image[place], space, planar)
         labels = _decided(probabilities, space)
-        pieces, outlines = self._large_pieces(labels, space), self._outlines_in_slices(planar)
+        pieces, outlines = self._large_pieces(labels, space), self._outlines_in_slices(planar) if registered is None else None
         drawn, borders = (pieces, []) if outlines is None else outlines.traced(pieces, image[place], space)
         kept = self._possible(drawn, planar)
         near = space.deciding(space.logits(probabilities[None]), kept[None], (labels != kept)[None])[0]
@@ -209,6 +248,16 @@ class Refinement:
         refined = logits.to(torch.float32, copy=True)
         refined[place] = near
         return refined
+
+
+def near_organs(probabilities: Tensor, space: LabelSpace) -> Tensor:
+    """Where registration sees an organ, bool (Z, Y, X)."""
+    return probabilities[-len(space.names) :].amax(0) > LEAST_PROBABILITY
+
+
+def mean_where(known: Tensor, one: Tensor, other: Tensor, share: float) -> Tensor:
+    """(K, Z, Y, X): ``share`` of the other where it is known, (Z, Y, X) or (K, Z, Y, X); elsewhere the one."""
+    return torch.where(known, torch.lerp(one, other, share), one)
 
 
 def _decided(probabilities: Tensor, space: LabelSpace) -> Tensor:

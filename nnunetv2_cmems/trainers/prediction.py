@@ -10,6 +10,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
+from nnunetv2_cmems.method.atlas import from_tensor, refined_on
 from nnunetv2_cmems.method.label_space import LabelSpace
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.perturbations import rotation_planes
@@ -119,7 +120,8 @@ def _mean(members: Iterator[Tensor]) -> Tensor:
 @one_sentence(while_predicting)
 @torch.inference_mode()
 def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
-    """What replaces nnU-Net's sliding window: :func:`predict_like_folds`, refined where the training says how.
+    """What replaces nnU-Net's sliding window: :func:`predict_like_folds`, refined where the training says how, beside what the volumes say
+    by registration that it has kept for this.
 
     Shape:
         (C, *spatial) to (K, *spatial), half precision.
@@ -132,7 +134,9 @@ def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
     rule = Refinement.from_tensor(stored, space)
     planar = is_planar(predictor.configuration_manager.spacing)
     logits, agreement = predict_for(rule, predictor, input_image, space, planar)
-    return rule.logits(logits, input_image.cpu(), space, planar, agreement).to(logits.dtype)
+    image = input_image.cpu()
+    registered = None if network.atlases is None else refined_on(from_tensor(network.atlases), image, rule, space, planar)
+    return rule.logits(logits, image, space, planar, agreement, registered).to(logits.dtype)
 
 
 def is_planar(spacing: Any) -> bool:

@@ -9,6 +9,7 @@ made for later epochs than those that a checkpoint has behind it is made again, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -34,8 +35,7 @@ from nnunetv2_cmems.data.planes import FEWEST_OF_A_VOLUME
 from nnunetv2_cmems.data.scan_labels import UNKNOWN, ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.method.atlas import Atlas, carried
-from nnunetv2_cmems.method.boxes import surroundings
+from nnunetv2_cmems.method.atlas import Atlas, refined_on, to_tensor
 from nnunetv2_cmems.method.contacts import Contacts
 from nnunetv2_cmems.method.growth import borders_on_background, ends_at_edges
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
@@ -43,7 +43,7 @@ from nnunetv2_cmems.method.objective import Objective, batch_sizes, overlap, pas
 from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
-from nnunetv2_cmems.method.refinement import LEAST_LOGIT, Refinement, alike_apart, in_one_piece
+from nnunetv2_cmems.method.refinement import SHARE_OF_ATLASES, Refinement, alike_apart, in_one_piece, mean_where
 from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.prediction import is_planar, predict_for, predict_like_folds, predicting
 
@@ -57,9 +57,6 @@ as the largest are kept. A whole annotated volume says how many there are."""
 MOST_REGISTERED = 200
 """Scans that annotated volumes are registered onto, where the members label fewer."""
 
-LEAST_PROBABILITY = 0.0025
-"""Of an organ by registration: below it no organ is near."""
-
 FEWEST_REGISTERED = 0.25
 """Share of the scans to which this must succeed. Else the organs do not keep their arrangement, or the scans show too different parts."""
 
@@ -71,10 +68,6 @@ MOST_SLICES = 50
 
 MOST_THREADS = 4
 """That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
-
-SHARE_OF_ATLASES = 0.65
-"""Weight of the labels that annotated volumes give by registration, beside what the members say. So these only move a border where the
-grey values are on their side, too."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -152,20 +145,23 @@ class ScanLabels:
             if resume.epochs_done(os.path.join(trainer.output_folder, "checkpoint_latest.pth")) >= there[-1]:
                 self.files.keep({0, there[-1]} if self.atlases else there[-1:])  # what atlases say counts in each round
         if self.atlases:
-            self._teach(trainer._objective)
+            self._teach(trainer)
 
     def _members_label(self) -> bool:
         """Whether the members label scans: in space they do so only beside annotated volumes, unless they are told to."""
         return self._planar or self._config.in_space or bool(self.files.cases(0))
 
-    def _teach(self, objective: Objective) -> None:
-        """Let the consistency terms begin with the training, if there are labels."""
+    def _teach(self, trainer: Any) -> None:
+        """Let the consistency terms begin with the training, and predictions be registered, if there are labels."""
+        objective: Objective = trainer._objective
         self._config_without = self._config_without or objective.config
         config = self._config_without
         begins = bool(self.files.cases(0))
         terms = [term for term in (config.image, config.feature) if term.enabled]
         objective.joining = max(term.start + term.rampup for term in terms) if begins else 0.0
         objective.config = from_the_start(config) if begins else config
+        kept = begins and config.refine_predictions and self._config.atlases_in_predictions
+        trainer.mutual_networks.atlases = self._kept.to(trainer.device) if kept else None
 
     def rehearse(self, trainer: Any) -> None:
         """Predict a window of nothing, for which a compiled network is compiled then."""
@@ -176,10 +172,12 @@ class ScanLabels:
 
     def _register(self, trainer: Any) -> None:
         """What the atlases say about the scans; nothing where this fails for most of them."""
-        atlases = [Atlas(*load_volume(case, self._dataset)) for case in self.atlases]
+        atlases = self._volumes()
 
         def carry(case: str) -> tuple[str, np.ndarray | None]:
-            return case, self._carried(atlases, torch.from_numpy(read_image(case, self._registered[case])))
+            image = torch.from_numpy(read_image(case, self._registered[case]))
+            found = refined_on(atlases, image, self.refinement, self._space, self._planar)
+            return case, None if found is None else self._decided(*found)
 
         mine = _of_this_process(trainer, self._registered)
         fewest = math.ceil(FEWEST_REGISTERED * len(self._registered))
@@ -187,9 +185,28 @@ class ScanLabels:
         enough = made >= fewest
         told = "their labels teach from the first step on" if enough else "too few, these labels do not count"
         trainer.print_to_log_file(f"Annotated volumes could be registered onto {made} of {len(self._registered)} unlabelled scans: {told}.")
+        if enough and trainer.config.refine_predictions and self._config.atlases_in_predictions:
+            trainer.print_to_log_file(
+                f"They are registered onto scans that are predicted, too. So the checkpoints hold the grey values and labels of "
+                f"{', '.join(self.atlases)}, and whoever gets one gets these; to keep them out, switch off "
+                "'scan_labels.atlases_in_predictions'."
+            )
         if enough:
             steps = trainer.num_epochs * trainer.num_iterations_per_epoch
             trainer.history.add({"scan_label_passes": steps * earlier_passes(trainer)}, trainer.current_epoch)
+
+    @torch.inference_mode()
+    def _decided(self, probabilities: Tensor, known: Tensor) -> np.ndarray:
+        """Labels in head space, int8, of what annotated volumes say; -1 where they know nothing."""
+        return self.refinement.decided(probabilities, self._space).masked_fill(~known, UNKNOWN).numpy()
+
+    def _volumes(self) -> list[Atlas]:
+        return [Atlas(*load_volume(case, self._dataset)) for case in self.atlases]
+
+    @functools.cached_property
+    def _kept(self) -> Tensor:
+        """What is kept of the annotated volumes for predictions."""
+        return to_tensor(self._volumes())
 
     def _make(self, trainer: Any, begin: int) -> None:
         """A round of the members."""
@@ -272,23 +289,6 @@ class ScanLabels:
         return everywhere
 
     @torch.inference_mode()
-    def _carried(self, atlases: Sequence[Atlas], image: Tensor) -> np.ndarray | None:
-        """What annotated volumes say about a scan, refined: int8 in head space, -1 where they know nothing; None if that is nowhere."""
-        found = carried(atlases, image, self._space)
-        if found is None:
-            return None
-        probabilities, known = found
-        whole = torch.zeros(known.shape if self.files.regions == 0 else probabilities.shape, dtype=torch.int8)
-        margin = self.refinement.margin(None) + 2
-        somewhere = probabilities[-len(self._space.names) :].amax(0) > LEAST_PROBABILITY
-        box = surroundings(somewhere, [0 if self._planar else margin, margin, margin])
-        if box is not None:
-            place = (slice(None), *box)
-            labels = self.refinement.labels(probabilities[place], image[place], self._space, self._planar)
-            whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
-        return whole.masked_fill(~known, UNKNOWN).numpy()
-
-    @torch.inference_mode()
     def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor | None, Tensor]:
         """The case, the mean of the members' logits (heads, Z, Y, X), how well they agree (F, Z), and the image (C, Z, Y, X)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
@@ -300,26 +300,22 @@ class ScanLabels:
 
         ``known``, of the same shape, is what annotated volumes say, -1 where they know nothing.
         """
+        rule, space = self.refinement, self._space
         whole = torch.zeros(image.shape[1:] if self.files.regions == 0 else logits.shape, dtype=torch.int8)
-        margin = self.refinement.margin(agreement) + 2
-        somewhere = self._space.foreground_logits(logits[None])[0] > LEAST_LOGIT
         said = None if known is None else torch.from_numpy(known)
-        if said is not None:
-            somewhere |= said.reshape(-1, *said.shape[-3:]).amax(0) > 0
-        box = surroundings(somewhere, [0 if self._planar else margin, margin, margin])
+        organs = None if said is None else said.reshape(-1, *said.shape[-3:]).amax(0) > 0
+        box = rule.box(logits, space, self._planar, agreement, organs)
         if box is None:
             return whole.numpy()
-        logits, image = logits[(slice(None), *box)], image[(slice(None), *box)]
-        probabilities = self._space.probabilities(logits[None])[0]
-        probabilities = self.refinement.settled(probabilities, image, agreement, box[0], self._space)
-        if said is not None:
-            said = said[(*[slice(None)] * (said.ndim - 3), *box)]
-            heads = self._space.certain(said.clamp_min(0)[None])[0]
-            probabilities = torch.where(said >= 0, torch.lerp(probabilities, heads, SHARE_OF_ATLASES), probabilities)
-        # registration tells how large an organ is
-        draw = self.refinement.drawn if said is None else self.refinement.labels
-        labels = draw(probabilities, image, self._space, self._planar)
-        whole[(*[slice(None)] * (whole.ndim - 3), *box)] = labels
+        part, place = (*[slice(None)] * (whole.ndim - 3), *box), (slice(None), *box)
+        image = image[place]
+        probabilities = rule.settled(space.probabilities(logits[place][None])[0], image, agreement, box[0], space)
+        if said is None:
+            whole[part] = rule.drawn(probabilities, image, space, self._planar)
+        else:  # registration tells how large an organ is
+            heads = space.certain(said[part].clamp_min(0)[None])[0]
+            probabilities = mean_where(said[part] != UNKNOWN, probabilities, heads, SHARE_OF_ATLASES)
+            whole[part] = rule.labels(probabilities, image, space, self._planar)
         return whole.numpy()
 
 
