@@ -210,8 +210,8 @@ class ScanLabelsConfig:
             several slices of one, are annotated, with two classes or more. To be switched off for what may lie anywhere, such as lesions.
         atlases: so many wholly annotated volumes, chosen at random, are registered onto each scan before the first step, and their labels
             count from then on: at first alone, then beside what the members say. 0: none.
-        atlases_in_predictions: atlases are registered onto each scan that is predicted, too. For this the checkpoints hold their grey
-            values and labels: whoever gets one gets these.
+        atlases_in_predictions: atlases are registered onto each scan that is predicted, too; needs two members. For this the checkpoints
+            hold their grey values and labels: whoever gets one gets these.
         in_space: also where a 3D configuration's voxels are less than three times as thick as wide, and no atlas counts. Off, because it
             cost accuracy on the one such data set that it was tried on.
         most_scans: so many scans get labels by the members at most, chosen at random, the same ones each time; the others are taught as

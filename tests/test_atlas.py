@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnunetv2_cmems.config import ScanLabelsConfig
 from nnunetv2_cmems.method import atlas as atlas_module
-from nnunetv2_cmems.method.atlas import Atlas, carried, from_tensor, refined_on, to_tensor
+from nnunetv2_cmems.method.atlas import Atlas, carried, from_tensor, refined_on, to_tensor, weighed_on
 from nnunetv2_cmems.method.label_space import LabelSpace
 from nnunetv2_cmems.method.refinement import Refinement
 
@@ -164,7 +164,38 @@ def test_refined_it_follows_the_scans_grey_values(space: LabelSpace) -> None:
     assert np.mean(after) > np.mean(before) and min(after) > 0.9
 
 
+@SPACES
+def test_who_contradicts_himself_counts_less(space: LabelSpace) -> None:
+    """Volumes that several alignments bring to different places, and members that disagree."""
+    image, label = body()
+    partly = label.numpy().copy()
+    partly[:, :, 36:] = -1
+    rule = Refinement(ScanLabelsConfig(places=False), (False,) * 3, 1.0)
+    scan = torch.from_numpy(body(moved=(0.0, 1.0, 2.0))[0])
+    noise = np.random.default_rng(1).normal(size=(1, *SHAPE)).astype(np.float32)
+
+    def shares(atlases: list[Atlas], together: float) -> tuple[Tensor, Tensor]:
+        found = weighed_on(atlases, scan, rule, space, False, together)
+        assert found is not None and found[1].shape == SHAPE and (found[1] >= 0).all() and (found[1] < 1).all()
+        return found
+
+    good, bad = Atlas(image, label.numpy()), Atlas(noise, label.numpy())
+    surely, hardly = shares([good], 0.9)[1], shares([good], 0.5)[1]
+    assert surely.unique().numel() == 1 and 0.2 < float(surely.mean()) < float(hardly.mean())
+    assert float(shares([bad], 0.9)[1].mean()) < 0.2, "though it is not left out"
+    assert torch.equal(shares([good], 0.0)[1], shares([good], float("nan"))[1]), "members that see nothing are no witnesses"
+    some = shares([Atlas(image, partly)], 0.9)[1]
+    assert not some[2:-2, 4:-4, 40:-4].any() and some[..., :34].min() > 0.2
+    both, one = (refined_on([good], scan, rule, space, False), shares([good], 0.9))
+    assert both is not None
+    torch.testing.assert_close(one[0], both[0])
+    apart = (shares([good, bad], 0.9)[0] - one[0]).abs().mean()
+    equal = carried([good], scan, space)
+    assert equal is not None and apart < 0.3 * equal[0].abs().mean()
+
+
 def test_refined_where_nothing_can_be_registered() -> None:
     image, label = body()
     rule = Refinement(ScanLabelsConfig(), (False,) * 3, 1.0)
-    assert refined_on([Atlas(np.ones_like(image), label.numpy())], torch.from_numpy(image), rule, CLASSES, False) is None
+    given = [Atlas(np.ones_like(image), label.numpy())], torch.from_numpy(image), rule, CLASSES, False
+    assert refined_on(*given) is None and weighed_on(*given, 0.5) is None

@@ -295,13 +295,13 @@ def test_predictions_are_the_mean_with_what_volumes_say(space: LabelSpace) -> No
     rule = Refinement(CONFIG, (False,) * 3, 1.0)
     networks, volumes = (says(ball(12).roll(shift, 1), space, 0.99) for shift in (4, -4))
     logits, image = space.logits(networks[None])[0], grey(truth)
-    known = torch.ones(SHAPE, dtype=torch.bool)
+    half = torch.full(SHAPE, 0.5)
     alone = rule.logits(logits, image, space, True)
-    together = rule.logits(logits, image, space, True, registered=(volumes, known))
+    together = rule.logits(logits, image, space, True, registered=(volumes, half))
     scores = [np.mean(dice(space.probabilities(one[None])[0], truth, space)) for one in (logits, alone, together)]
     assert scores[2] > max(scores[:2]) + 0.02 and scores[2] > 0.95
-    torch.testing.assert_close(rule.logits(logits, image, space, True, registered=(volumes, ~known)), alone)
+    torch.testing.assert_close(rule.logits(logits, image, space, True, registered=(volumes, 0 * half)), alone)
     nothing = space.logits(says(torch.zeros(SHAPE, dtype=torch.long), space, 0.9999)[None])[0]
     assert torch.equal(rule.logits(nothing, image, space, True), nothing)
-    found = rule.logits(nothing, image, space, True, registered=(says(truth, space, 1.0), known))
+    found = rule.logits(nothing, image, space, True, registered=(says(truth, space, 1.0), half))
     assert min(dice(space.probabilities(found[None])[0], truth, space)) > 0.85

@@ -511,11 +511,24 @@ def test_annotated_volumes_are_registered_onto_what_is_predicted(
     image, space, planar = torch.from_numpy(workspace.image(VALIDATION[0])), trainer.label_space, trainer._scan_labels._planar
     rule = Refinement.from_tensor(trainer.mutual_networks.refinement, space)  # in single precision
     with predicting(trainer, mirroring=False) as predictor, torch.inference_mode():
-        mean, agreement = predict_for(rule, predictor, image, space, planar)
-        said = atlas.refined_on([kept], image, rule, space, planar)
-        expected, alone = (rule.logits(mean, image, space, planar, agreement, one).half() for one in (said, None))
-    assert said is not None and np.array_equal(mean.numpy(), raw)
+        prediction = predict_for(rule, predictor, image, space, planar, registered=True)
+        assert prediction.in_scan is not None and (0 <= prediction.in_scan <= 1 or np.isnan(prediction.in_scan))
+        said = atlas.weighed_on([kept], image, rule, space, planar, prediction.in_scan)
+        given = prediction.logits, image, space, planar, prediction.in_slices
+        expected, alone = (rule.logits(*given, one).half() for one in (said, None))
+    assert said is not None and np.array_equal(prediction.logits.numpy(), raw)
     assert np.array_equal(refined, expected.numpy()) and (expected - alone).abs().max() > 1
+
+
+@pytest.mark.usefixtures("trusting")
+def test_one_network_is_not_weighed_against_volumes(workspace: Workspace) -> None:
+    """How sure it may be is not known, so it predicts alone."""
+    workspace.configure(**{**WHOLE, "num_members": 1})
+    trainer = workspace.train()
+    refined, raw = predicted(workspace)
+    rule = Refinement.from_tensor(trainer.mutual_networks.refinement, trainer.label_space)
+    image = torch.from_numpy(workspace.image(VALIDATION[0]))
+    assert np.array_equal(refined, rule.logits(torch.from_numpy(raw), image, trainer.label_space, True).half().numpy())
 
 
 @pytest.mark.usefixtures("trusting")
@@ -671,7 +684,7 @@ def test_predictions_are_refined_as_the_labels_are(
     refined, raw = predicted(workspace)
     image = torch.from_numpy(workspace.image(VALIDATION[0]))
     with predicting(trainer, mirroring=False) as predictor:
-        mean, agreement = predict_with_agreement(predictor, image, trainer.label_space)
+        mean, agreement, _ = predict_with_agreement(predictor, image, trainer.label_space)
     assert agreement is not None and np.array_equal(mean.numpy(), raw)
     expected = rule.logits(mean, image, trainer.label_space, True, agreement if share else None).half()
     assert refined.dtype == raw.dtype and np.array_equal(refined, expected.numpy()) and not np.array_equal(refined, raw)

@@ -8,11 +8,10 @@ is not what networks know that have learned from one volume, so each corrects th
 from __future__ import annotations
 
 import io
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -22,12 +21,13 @@ from torch import Tensor
 from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.demons import blurred, demons, in_this_thread, matched, resampled, shrunk
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
-from nnunetv2_cmems.method.objective import overlap
+from nnunetv2_cmems.method.propagation import agreement_in_scan
 from nnunetv2_cmems.method.refinement import Refinement, near_organs
 
 LEAST_AGREEMENT = 0.6
 """Dice of an atlas's labels by one alignment with those by another, mean over pairs and organs, from which on they are trusted."""
 
+_LEAST_DISAGREEMENT = 1e-3  # so that nobody counts alone
 _COARSEST = 32  # about so many voxels along the longest side at the lowest resolution
 _FINEST = 128  # and at the highest: deformations are smooth
 _FEWEST = 16  # voxels that a side keeps when it is shrunk
@@ -90,6 +90,20 @@ def from_tensor(stored: Tensor) -> list[Atlas]:
         return atlases
 
 
+class Carried(NamedTuple):
+    """What one atlas says about a scan, the mean over its alignments.
+
+    Attributes:
+        organs: float32 (F, Z, Y, X).
+        known: where the atlas is annotated, float32 (Z, Y, X), from 0 to 1.
+        agreement: of its labels by the alignments, see :func:`~nnunetv2_cmems.method.propagation.agreement_in_scan`.
+    """
+
+    organs: np.ndarray
+    known: np.ndarray
+    agreement: float
+
+
 @torch.no_grad()
 def carried(atlases: Sequence[Atlas], image: Tensor, space: LabelSpace) -> tuple[Tensor, Tensor] | None:
     """What atlases say about a scan: their labels, deformed onto it.
@@ -109,31 +123,11 @@ def carried(atlases: Sequence[Atlas], image: Tensor, space: LabelSpace) -> tuple
         Probabilities (K, Z, Y, X) of the classes, the background first, or (R, Z, Y, X) of the regions, the mean over alignments and
         atlases; and where most of these know anything, bool (Z, Y, X). None where no atlas could be registered.
     """
-    grey = _grey(image.numpy())
-    found = [one for one in (_carried(atlas, grey, space) for atlas in atlases) if one is not None]
+    found = [one for one in _each(atlases, image, space) if one.agreement >= LEAST_AGREEMENT]
     if not found:
         return None
-    organs, known = (np.mean(parts, 0) for parts in zip(*found))
+    organs, known = np.mean([one.organs for one in found], 0), np.mean([one.known for one in found], 0)
     return _with_background(torch.from_numpy(organs), space), torch.from_numpy(known > 0.5)
-
-
-def _carried(atlas: Atlas, grey: sitk.Image, space: LabelSpace) -> tuple[np.ndarray, np.ndarray] | None:
-    """An atlas's organs (F, Z, Y, X) on a scan, and where it is annotated (Z, Y, X), both float32; None where this has failed."""
-    shape = grey.GetSize()[::-1]
-    organs, known = np.zeros((len(space.names), *shape), np.float32), np.zeros(shape, np.float32)
-    decided: list[Tensor] = []
-    masks, annotated = space.shown(atlas.label), atlas.label >= 0
-    everything = annotated.all()
-    for deformation in _deformations(grey, atlas.grey()):
-        moved = np.stack([_moved(mask, deformation, grey) for mask in masks])
-        organs += moved
-        known += 1 if everything else _moved(annotated, deformation, grey, beyond=1.0) > 0.5
-        decided.append(space.decide(_with_background(torch.from_numpy(moved), space)[None], 0.0).labels.to(torch.int8))
-    shared = [overlap(one, other, space) for one, other in itertools.combinations(decided, 2)]
-    agreement = [(both[0] / both[1]).nanmean() for both in shared]  # 0 / 0 is NaN, of what neither shows
-    if not agreement or not torch.stack(agreement).mean() >= LEAST_AGREEMENT:
-        return None
-    return organs / len(decided), known / len(decided)
 
 
 @torch.no_grad()
@@ -153,13 +147,68 @@ def refined_on(
     found = carried(atlases, image, space)
     if found is None:
         return None
-    probabilities, known = found
+    return _refined(found[0], image, rule, space, planar), found[1]
+
+
+@torch.no_grad()
+def weighed_on(
+    atlases: Sequence[Atlas], image: Tensor, rule: Refinement, space: LabelSpace, planar: bool, together: float
+) -> tuple[Tensor, Tensor] | None:
+    """What atlases say about a scan, refined, and how much that counts beside what the members say.
+
+    Who contradicts himself is wrong more often. Each atlas counts by one over the disagreement (1 - Dice) of its alignments, the members'
+    mean by one over that of the members, as means of measurements are weighted by one over their variances.
+
+    Args:
+        atlases, image, space: as for :func:`carried`; none is left out.
+        rule, planar: as for :func:`refined_on`.
+        together: the members' agreement, from :func:`~nnunetv2_cmems.method.propagation.agreement_in_scan`; NaN: they see no organ.
+
+    Returns:
+        Probabilities as of :func:`carried`, and the atlases' share, from 0 to 1, (Z, Y, X). None where no atlas shows an organ.
+    """
+    found = [one for one in _each(atlases, image, space) if not math.isnan(one.agreement)]
+    if not found:
+        return None
+    weights = np.stack([_weight(one.agreement) * one.known for one in found])
+    total = weights.sum(0)
+    organs = sum(weight * one.organs for weight, one in zip(weights, found)) / np.maximum(total, 1e-9)
+    share = total / (total + _weight(0.0 if math.isnan(together) else together))
+    probabilities = _with_background(torch.from_numpy(organs).float(), space)
+    return _refined(probabilities, image, rule, space, planar), torch.from_numpy(share).float()
+
+
+def _weight(agreement: float) -> float:
+    return 1 / max(1 - agreement, _LEAST_DISAGREEMENT)
+
+
+def _refined(probabilities: Tensor, image: Tensor, rule: Refinement, space: LabelSpace, planar: bool) -> Tensor:
     margin = rule.margin(None)
     box = surroundings(near_organs(probabilities, space), [0 if planar else margin, margin, margin])
     if box is not None:
         place = (slice(None), *box)
         probabilities[place] = rule.refined(probabilities[place], image[place], space, planar)
-    return probabilities, known
+    return probabilities
+
+
+def _each(atlases: Sequence[Atlas], image: Tensor, space: LabelSpace) -> Iterator[Carried]:
+    grey = _grey(image.numpy())
+    return (_carried(atlas, grey, space) for atlas in atlases)
+
+
+def _carried(atlas: Atlas, grey: sitk.Image, space: LabelSpace) -> Carried:
+    shape = grey.GetSize()[::-1]
+    organs, known = np.zeros((len(space.names), *shape), np.float32), np.zeros(shape, np.float32)
+    decided: list[Tensor] = []
+    masks, annotated = space.shown(atlas.label), atlas.label >= 0
+    everything = annotated.all()
+    for deformation in _deformations(grey, atlas.grey()):
+        moved = np.stack([_moved(mask, deformation, grey) for mask in masks])
+        organs += moved
+        known += 1 if everything else _moved(annotated, deformation, grey, beyond=1.0) > 0.5
+        decided.append(space.decide(_with_background(torch.from_numpy(moved), space)[None], 0.0).labels.to(torch.int8))
+    count = max(1, len(decided))
+    return Carried(organs / count, known / count, agreement_in_scan(decided, space))
 
 
 def _with_background(organs: Tensor, space: LabelSpace) -> Tensor:

@@ -51,6 +51,13 @@ def agreement_in_slices(members: Sequence[Tensor], space: LabelSpace) -> Tensor:
     return torch.stack(pairs).nanmean(0)
 
 
+def agreement_in_scan(labels: Sequence[Tensor], space: LabelSpace) -> float:
+    """How well labels of one scan agree: the Dice of their pairs, mean over pairs and organs; NaN where none shows any organ. Arguments
+    as for :func:`agreement_in_slices`, but for (1, Z, Y, X) and (1, R, Z, Y, X)."""
+    shared = [overlap(one, other, space) for one, other in itertools.combinations(labels, 2)]
+    return float(torch.stack([(both[0] / both[1]).nanmean() for both in shared]).mean()) if shared else math.nan
+
+
 @torch.no_grad()
 def propagate(probabilities: Tensor, image: Tensor, agreement: Tensor, share: float, space: LabelSpace) -> Tensor:
     """Probabilities, those of slices that members disagree on carried over from slices that they agree on.

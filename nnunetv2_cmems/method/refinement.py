@@ -53,9 +53,6 @@ SHARE_OF_ATLASES = 0.65
 """In labels: weight of the labels that annotated volumes give by registration, beside what the members say. So members only move a border
 where the grey values are on their side, too."""
 
-SHARE_IN_PREDICTIONS = 0.5
-"""In predictions: weight of the probabilities that they give, beside what networks say that have learned from all scans."""
-
 CONFIDENCE_IN_GROWTH = 0.7
 """Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
 
@@ -224,8 +221,7 @@ class Refinement:
         Where a piece or an organ is removed, or the inner of an outline is drawn anew, what comes is as sure as what was there. Near an
         outline along edges the logarithm of the odds is :data:`SHARPNESS` times the distance to it, so that it stays between voxels where
         an export changes the resolution. With ``agreement``, (F, Z), slices follow each other, see :meth:`settled`. With ``registered``,
-        from :func:`~nnunetv2_cmems.method.atlas.refined_on`, the mean with what annotated volumes say is taken, and no outline is drawn:
-        registration tells how large an organ is.
+        from :func:`~nnunetv2_cmems.method.atlas.weighed_on`, the mean with what annotated volumes say is taken.
         """
         box = self.box(logits, space, planar, agreement, None if registered is None else near_organs(registered[0], space))
         if box is None:
@@ -233,11 +229,11 @@ class Refinement:
         place = (slice(None), *box)
         probabilities = self.settled(space.probabilities(logits[place][None])[0], image[place], agreement, box[0], space)
         if registered is not None:
-            said, known = registered
-            probabilities = mean_where(known[box], probabilities, said[place], SHARE_IN_PREDICTIONS)
+            said, share = registered
+            probabilities = torch.lerp(probabilities, said[place], share[box])
         probabilities = self._grown(probabilities, image[place], space, planar)
         labels = _decided(probabilities, space)
-        pieces, outlines = self._large_pieces(labels, space), self._outlines_in_slices(planar) if registered is None else None
+        pieces, outlines = self._large_pieces(labels, space), self._outlines_in_slices(planar)
         drawn, borders = (pieces, []) if outlines is None else outlines.traced(pieces, image[place], space)
         kept = self._possible(drawn, planar)
         near = space.deciding(space.logits(probabilities[None]), kept[None], (labels != kept)[None])[0]
@@ -253,11 +249,6 @@ class Refinement:
 def near_organs(probabilities: Tensor, space: LabelSpace) -> Tensor:
     """Where registration sees an organ, bool (Z, Y, X)."""
     return probabilities[-len(space.names) :].amax(0) > LEAST_PROBABILITY
-
-
-def mean_where(known: Tensor, one: Tensor, other: Tensor, share: float) -> Tensor:
-    """(K, Z, Y, X): ``share`` of the other where it is known, (Z, Y, X) or (K, Z, Y, X); elsewhere the one."""
-    return torch.where(known, torch.lerp(one, other, share), one)
 
 
 def _decided(probabilities: Tensor, space: LabelSpace) -> Tensor:

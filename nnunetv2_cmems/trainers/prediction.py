@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
-from nnunetv2_cmems.method.atlas import from_tensor, refined_on
+from nnunetv2_cmems.method.atlas import from_tensor, weighed_on
 from nnunetv2_cmems.method.label_space import LabelSpace
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.perturbations import rotation_planes
-from nnunetv2_cmems.method.propagation import agreement_in_slices
+from nnunetv2_cmems.method.propagation import agreement_in_scan, agreement_in_slices
 from nnunetv2_cmems.method.refinement import Refinement
 from nnunetv2_cmems.trainers.distributed import unwrapped, without_talk
 from nnunetv2_cmems.trainers.faults import one_sentence, while_predicting
@@ -82,12 +82,24 @@ def predict_like_folds(predictor: nnUNetPredictor, input_image: Tensor) -> Tenso
     return _mean(predict_members(predictor, input_image))
 
 
-@torch.inference_mode()
-def predict_with_agreement(predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace) -> tuple[Tensor, Tensor | None]:
-    """:func:`predict_like_folds`, on the CPU, and how well the members agree on each organ in each slice, (F, Z); None where there is one.
+class Prediction(NamedTuple):
+    """What the members say about a scan, on the CPU.
 
-    See :func:`~nnunetv2_cmems.method.propagation.agreement_in_slices`.
+    Attributes:
+        logits: their mean, (heads, Z, Y, X), half precision.
+        in_slices: how well they agree on each organ in each slice, (F, Z), see
+            :func:`~nnunetv2_cmems.method.propagation.agreement_in_slices`; None: it was not asked for, or there is one member.
+        in_scan: likewise on the whole scan, see :func:`~nnunetv2_cmems.method.propagation.agreement_in_scan`.
     """
+
+    logits: Tensor
+    in_slices: Tensor | None = None
+    in_scan: float | None = None
+
+
+@torch.inference_mode()
+def predict_with_agreement(predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace) -> Prediction:
+    """:func:`predict_like_folds`, and how well the members agree."""
     decisions: list[Tensor] = []
 
     def noted() -> Iterator[Tensor]:
@@ -97,16 +109,20 @@ def predict_with_agreement(predictor: nnUNetPredictor, input_image: Tensor, spac
             yield logits
 
     mean = _mean(noted()).cpu()
-    return mean, agreement_in_slices(decisions, space) if len(decisions) > 1 else None
+    if len(decisions) == 1:
+        return Prediction(mean)
+    return Prediction(mean, agreement_in_slices(decisions, space), agreement_in_scan([labels[None] for labels in decisions], space))
 
 
 def predict_for(
-    rule: Refinement, predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace, planar: bool
-) -> tuple[Tensor, Tensor | None]:
-    """What a refinement takes: the members' mean on the CPU, and their agreement where it counts for this rule."""
-    if rule.propagates(planar):
-        return predict_with_agreement(predictor, input_image, space)
-    return predict_like_folds(predictor, input_image).cpu(), None
+    rule: Refinement, predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace, planar: bool, registered: bool = False
+) -> Prediction:
+    """What a refinement takes; the members' agreement where it counts for this rule, or where volumes are ``registered``."""
+    propagates = rule.propagates(planar)
+    if not (propagates or registered):
+        return Prediction(predict_like_folds(predictor, input_image).cpu())
+    prediction = predict_with_agreement(predictor, input_image, space)
+    return prediction if propagates else prediction._replace(in_slices=None)
 
 
 def _mean(members: Iterator[Tensor]) -> Tensor:
@@ -133,10 +149,11 @@ def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
     space = label_space(predictor.label_manager)
     rule = Refinement.from_tensor(stored, space)
     planar = is_planar(predictor.configuration_manager.spacing)
-    logits, agreement = predict_for(rule, predictor, input_image, space, planar)
-    image = input_image.cpu()
-    registered = None if network.atlases is None else refined_on(from_tensor(network.atlases), image, rule, space, planar)
-    return rule.logits(logits, image, space, planar, agreement, registered).to(logits.dtype)
+    prediction = predict_for(rule, predictor, input_image, space, planar, network.atlases is not None)
+    image, registered = input_image.cpu(), None
+    if network.atlases is not None and prediction.in_scan is not None:
+        registered = weighed_on(from_tensor(network.atlases), image, rule, space, planar, prediction.in_scan)
+    return rule.logits(prediction.logits, image, space, planar, prediction.in_slices, registered).to(prediction.logits.dtype)
 
 
 def is_planar(spacing: Any) -> bool:

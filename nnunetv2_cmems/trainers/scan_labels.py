@@ -43,7 +43,7 @@ from nnunetv2_cmems.method.objective import Objective, batch_sizes, overlap, pas
 from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
-from nnunetv2_cmems.method.refinement import SHARE_OF_ATLASES, Refinement, alike_apart, in_one_piece, mean_where
+from nnunetv2_cmems.method.refinement import SHARE_OF_ATLASES, Refinement, alike_apart, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.prediction import is_planar, predict_for, predict_like_folds, predicting
 
@@ -292,7 +292,8 @@ class ScanLabels:
     def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor | None, Tensor]:
         """The case, the mean of the members' logits (heads, Z, Y, X), how well they agree (F, Z), and the image (C, Z, Y, X)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
-        return case, *predict_for(self.refinement, predictor, image, self._space, self._planar), image
+        prediction = predict_for(self.refinement, predictor, image, self._space, self._planar)
+        return case, prediction.logits, prediction.in_slices, image
 
     @torch.inference_mode()
     def _labels_of(self, logits: Tensor, image: Tensor, agreement: Tensor | None = None, known: np.ndarray | None = None) -> np.ndarray:
@@ -314,7 +315,7 @@ class ScanLabels:
             whole[part] = rule.drawn(probabilities, image, space, self._planar)
         else:  # registration tells how large an organ is
             heads = space.certain(said[part].clamp_min(0)[None])[0]
-            probabilities = mean_where(said[part] != UNKNOWN, probabilities, heads, SHARE_OF_ATLASES)
+            probabilities = torch.where(said[part] != UNKNOWN, torch.lerp(probabilities, heads, SHARE_OF_ATLASES), probabilities)
             whole[part] = rule.labels(probabilities, image, space, self._planar)
         return whole.numpy()
 
