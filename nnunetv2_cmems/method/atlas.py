@@ -18,7 +18,6 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
-from nnunetv2_cmems.method.boxes import surroundings
 from nnunetv2_cmems.method.demons import blurred, demons, in_this_thread, matched, resampled, shrunk
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.propagation import agreement_in_scan
@@ -183,8 +182,7 @@ def _weight(agreement: float) -> float:
 
 
 def _refined(probabilities: Tensor, image: Tensor, rule: Refinement, space: LabelSpace, planar: bool) -> Tensor:
-    margin = rule.margin(None)
-    box = surroundings(near_organs(probabilities, space), [0 if planar else margin, margin, margin])
+    box = rule.around(near_organs(probabilities, space), planar, None)
     if box is not None:
         place = (slice(None), *box)
         probabilities[place] = rule.refined(probabilities[place], image[place], space, planar)

@@ -49,10 +49,6 @@ ROOM = 16
 SHARPNESS = 4.0
 """Of outlines in predictions: logarithm of the odds of being inside, one voxel from the border."""
 
-SHARE_OF_ATLASES = 0.65
-"""In labels: weight of the labels that annotated volumes give by registration, beside what the members say. So members only move a border
-where the grey values are on their side, too."""
-
 CONFIDENCE_IN_GROWTH = 0.7
 """Share of the grown labels, beside the members' probabilities, in the prior of the second refinement."""
 
@@ -158,10 +154,12 @@ class Refinement:
             logits, space, planar, agreement: as for :meth:`logits`.
             organs: where else than in ``logits`` there are organs, bool (Z, Y, X); None: nowhere.
         """
-        margin = self.margin(agreement)
         somewhere = space.foreground_logits(logits[None])[0] > LEAST_LOGIT
-        if organs is not None:
-            somewhere |= organs
+        return self.around(somewhere if organs is None else somewhere | organs, planar, agreement)
+
+    def around(self, somewhere: Tensor, planar: bool, agreement: Tensor | None) -> tuple[slice, ...] | None:
+        """The box, with :meth:`margin`, around where there are organs, bool (Z, Y, X); None where there is none."""
+        margin = self.margin(agreement)
         return surroundings(somewhere, [0 if planar else margin, margin, margin])
 
     def margin(self, agreement: Tensor | None) -> int:

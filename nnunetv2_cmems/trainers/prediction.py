@@ -98,8 +98,10 @@ class Prediction(NamedTuple):
 
 
 @torch.inference_mode()
-def predict_with_agreement(predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace) -> Prediction:
-    """:func:`predict_like_folds`, and how well the members agree."""
+def predict_with_agreement(
+    predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace, *, in_slices: bool = True, in_scan: bool = True
+) -> Prediction:
+    """:func:`predict_like_folds`, and how well the members agree: in each slice, on the whole scan, or both."""
     decisions: list[Tensor] = []
 
     def noted() -> Iterator[Tensor]:
@@ -111,7 +113,11 @@ def predict_with_agreement(predictor: nnUNetPredictor, input_image: Tensor, spac
     mean = _mean(noted()).cpu()
     if len(decisions) == 1:
         return Prediction(mean)
-    return Prediction(mean, agreement_in_slices(decisions, space), agreement_in_scan([labels[None] for labels in decisions], space))
+    return Prediction(
+        mean,
+        agreement_in_slices(decisions, space) if in_slices else None,
+        agreement_in_scan([labels[None] for labels in decisions], space) if in_scan else None,
+    )
 
 
 def predict_for(
@@ -121,8 +127,7 @@ def predict_for(
     propagates = rule.propagates(planar)
     if not (propagates or registered):
         return Prediction(predict_like_folds(predictor, input_image).cpu())
-    prediction = predict_with_agreement(predictor, input_image, space)
-    return prediction if propagates else prediction._replace(in_slices=None)
+    return predict_with_agreement(predictor, input_image, space, in_slices=propagates, in_scan=registered)
 
 
 def _mean(members: Iterator[Tensor]) -> Tensor:

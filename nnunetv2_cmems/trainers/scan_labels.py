@@ -43,7 +43,7 @@ from nnunetv2_cmems.method.objective import Objective, batch_sizes, overlap, pas
 from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
-from nnunetv2_cmems.method.refinement import SHARE_OF_ATLASES, Refinement, alike_apart, in_one_piece
+from nnunetv2_cmems.method.refinement import Refinement, alike_apart, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
 from nnunetv2_cmems.trainers.prediction import is_planar, predict_for, predict_like_folds, predicting
 
@@ -68,6 +68,10 @@ MOST_SLICES = 50
 
 MOST_THREADS = 4
 """That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
+
+SHARE_OF_ATLASES = 0.65
+"""Weight of the labels that annotated volumes give by registration, beside what the members say. So these only move a border where the
+grey values are on their side, too."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
