@@ -235,14 +235,15 @@ def test_far_from_organs_logits_stay() -> None:
 @pytest.mark.parametrize("single", [(True, False, True), (False, False)])
 def test_a_refinement_is_kept_with_the_weights(single: tuple[bool, ...]) -> None:
     space = Classes(("organ", "wall")[: len(single) - 1])
-    rule = Refinement(ScanLabelsConfig(appearance=0.25, smoothing=1.5, largest_piece=False, propagation=0.5), single, 0.5)
+    config = ScanLabelsConfig(appearance=0.25, smoothing=1.5, largest_piece=False, propagation=0.5, turns=(-30.0, 90.0))
+    rule = Refinement(config, single, 0.5)
     again = Refinement.from_tensor(rule.to_tensor(), space)
     assert (again.single, again.share) == (single, 0.5)
-    kept = ("appearance", "smoothing", "largest_piece", "propagation")
+    kept = ("appearance", "smoothing", "largest_piece", "propagation", "turns")
     assert all(getattr(again.config, name) == getattr(rule.config, name) for name in kept)
     assert (again.places, again.outlines, again.reach, any(again.grows)) == (None, None, 0.0, False)
     older = Refinement.from_tensor(rule.to_tensor()[: 4 + len(single)], space)  # of a checkpoint from before slices were propagated
-    assert older.config.propagation == 0 and older.single == single and older.reach == 0
+    assert older.config.propagation == 0 and older.config.turns == () and older.single == single and older.reach == 0
     growing = dataclasses.replace(rule, grows=(True, *[False] * (len(single) - 2)), reach=2.5)
     again = Refinement.from_tensor(growing.to_tensor(), space)
     assert (again.grows, again.reach) == (growing.grows, 2.5)
@@ -286,6 +287,11 @@ def test_logits_follow_the_slices_that_members_agree_on() -> None:
 @pytest.mark.parametrize(("planar", "share", "expected"), [(True, 0.5, True), (True, 0.0, False), (False, 0.5, False)])
 def test_slices_count_for_others_where_they_are_apart(planar: bool, share: float, expected: bool) -> None:
     assert Refinement(ScanLabelsConfig(propagation=share), (True,), 1.0).propagates(planar) == expected
+
+
+@pytest.mark.parametrize(("planar", "expected"), [(True, (-60.0, 60.0)), (False, ())])
+def test_scans_are_turned_where_slices_are_apart(planar: bool, expected: tuple[float, ...]) -> None:
+    assert Refinement(ScanLabelsConfig(turns=(-60.0, 60.0)), (True,), 1.0).turns(planar) == expected
 
 
 @pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])

@@ -63,7 +63,7 @@ class Refinement:
     """What is done to the prediction of a whole scan, and what the annotated images say for it.
 
     Attributes:
-        config: ``appearance``, ``smoothing``, ``largest_piece`` and ``propagation`` count here.
+        config: ``appearance``, ``smoothing``, ``largest_piece``, ``propagation`` and ``turns`` count here.
         single: what is one connected piece, from :func:`in_one_piece`.
         share: which other pieces are kept, see :func:`largest_pieces`.
         places: where organs lie; None: it is not known, or does not count.
@@ -85,8 +85,8 @@ class Refinement:
     alike: tuple[tuple[bool, ...], ...] = ()
 
     def to_tensor(self) -> Tensor:
-        """(4 + 1 + F + 1 + 6 F + 1 + F (F + 2) + F + 1 + F (F + 1) + F F,) for F classes or regions, to be kept with the networks'
-        weights; of what is not known zeros."""
+        """(4 + 1 + F + 1 + 6 F + 1 + F (F + 2) + F + 1 + F (F + 1) + F F + T,) for F classes or regions and T turns, to be kept with
+        the networks' weights; of what is not known zeros."""
         config = self.config
         numbers = config.appearance, config.smoothing, config.largest_piece, self.share
         count = len(self.single) - 1
@@ -97,7 +97,7 @@ class Refinement:
         contacts = [0.0] * (count * (count + 1)) if self.contacts is None else self.contacts.numbers()
         alike = [float(one) for row in self.alike or [[False] * count] * count for one in row]
         propagation = float(config.propagation)
-        return torch.tensor([*map(float, numbers), *single, propagation, *places, *outlines, *grows, *contacts, *alike])
+        return torch.tensor([*map(float, numbers), *single, propagation, *places, *outlines, *grows, *contacts, *alike, *config.turns])
 
     @classmethod
     def from_tensor(cls, stored: Tensor, space: LabelSpace) -> Refinement:
@@ -109,9 +109,10 @@ class Refinement:
         places, rest = rest[: 6 * count + 1], rest[6 * count + 1 :]
         outlines, rest = rest[: count * (count + 2)], rest[count * (count + 2) :]
         grows, reach, rest = rest[:count], rest[count : count + 1], rest[count + 1 :]
-        contacts, alike = rest[: count * (count + 1)], rest[count * (count + 1) :]
+        contacts, rest = rest[: count * (count + 1)], rest[count * (count + 1) :]
+        alike, turns = rest[: count * count], rest[count * count :]
         config = ScanLabelsConfig(
-            appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece), propagation=sum(propagation)
+            appearance=appearance, smoothing=smoothing, largest_piece=bool(largest_piece), propagation=sum(propagation), turns=tuple(turns)
         )
         return cls(
             config,
@@ -124,6 +125,10 @@ class Refinement:
             Contacts.from_numbers(contacts, count) if any(contacts) else None,
             tuple(tuple(map(bool, alike[first : first + count])) for first in range(0, len(alike), count)) if any(alike) else (),
         )
+
+    def turns(self, planar: bool) -> tuple[float, ...]:
+        """Degrees by which scans are seen turned, too: only within slices that are apart from each other."""
+        return self.config.turns if planar else ()
 
     def propagates(self, planar: bool) -> bool:
         """Whether slices that members agree on count for others: only where slices are apart from each other."""

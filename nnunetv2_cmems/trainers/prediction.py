@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.perturbations import rotation_planes
 from nnunetv2_cmems.method.propagation import agreement_in_scan, agreement_in_slices
 from nnunetv2_cmems.method.refinement import Refinement
+from nnunetv2_cmems.method.turns import MeanOfViews, turned_scan
 from nnunetv2_cmems.trainers.distributed import unwrapped, without_talk
 from nnunetv2_cmems.trainers.faults import one_sentence, while_predicting
 from nnunetv2_cmems.trainers.heads import label_space
@@ -97,17 +98,41 @@ class Prediction(NamedTuple):
     in_scan: float | None = None
 
 
+def predict_turned(predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace, turns: Sequence[float]) -> Iterator[Tensor]:
+    """As :func:`predict_members`, the mean over the scan as it is and turned by so many degrees, see :mod:`nnunetv2_cmems.method.turns`.
+
+    Without ``turns``, and where there is one network, whose agreement is not known, only as it is.
+    """
+    network = unwrapped(predictor.network)
+    if not turns or not isinstance(network, MutualNetworks) or len(network.members) == 1:
+        yield from predict_members(predictor, input_image)
+        return
+    spacing = predictor.configuration_manager.spacing[-2:]
+    views = MeanOfViews(space, spacing, predictor.device)
+    for degrees in (0.0, *turns):
+        view = turned_scan(input_image, degrees, spacing) if degrees else input_image
+        logits = list(predict_members(predictor, view))
+        views.add(logits, degrees, agreement_in_scan([_decided(member, space)[None] for member in logits], space))
+    yield from views.logits()
+
+
 @torch.inference_mode()
 def predict_with_agreement(
-    predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace, *, in_slices: bool = True, in_scan: bool = True
+    predictor: nnUNetPredictor,
+    input_image: Tensor,
+    space: LabelSpace,
+    *,
+    in_slices: bool = True,
+    in_scan: bool = True,
+    turns: Sequence[float] = (),
 ) -> Prediction:
-    """:func:`predict_like_folds`, and how well the members agree: in each slice, on the whole scan, or both."""
+    """:func:`predict_like_folds`, and how well the members agree: in each slice, on the whole scan, or both; with ``turns`` the mean of
+    :func:`predict_turned`."""
     decisions: list[Tensor] = []
 
     def noted() -> Iterator[Tensor]:
-        for logits in predict_members(predictor, input_image):
-            slices = (space.decide(space.probabilities(piece[None]), 0.0).labels[0].to(torch.int8) for piece in logits.unbind(1))
-            decisions.append(torch.stack(list(slices), -3))  # slice by slice: in single precision a volume may be large
+        for logits in predict_turned(predictor, input_image, space, turns):
+            decisions.append(_decided(logits, space))
             yield logits
 
     mean = _mean(noted()).cpu()
@@ -120,14 +145,28 @@ def predict_with_agreement(
     )
 
 
+def _decided(logits: Tensor, space: LabelSpace) -> Tensor:
+    """int8 in head space; slice by slice, as in single precision a volume may be large."""
+    pieces = (space.decide(space.probabilities(piece[None]), 0.0).labels[0].to(torch.int8) for piece in logits.unbind(1))
+    return torch.stack(list(pieces), -3)
+
+
 def predict_for(
-    rule: Refinement, predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace, planar: bool, registered: bool = False
+    rule: Refinement,
+    predictor: nnUNetPredictor,
+    input_image: Tensor,
+    space: LabelSpace,
+    planar: bool,
+    *,
+    registered: bool = False,
+    turned: bool = True,
 ) -> Prediction:
-    """What a refinement takes; the members' agreement where it counts for this rule, or where volumes are ``registered``."""
-    propagates = rule.propagates(planar)
-    if not (propagates or registered):
+    """What a refinement takes; the members' agreement where it counts for this rule, or where volumes are ``registered``. Where ``turned``
+    scans are seen turned as this rule says."""
+    propagates, turns = rule.propagates(planar), rule.turns(planar) if turned else ()
+    if not (propagates or registered or turns):
         return Prediction(predict_like_folds(predictor, input_image).cpu())
-    return predict_with_agreement(predictor, input_image, space, in_slices=propagates, in_scan=registered)
+    return predict_with_agreement(predictor, input_image, space, in_slices=propagates, in_scan=registered, turns=turns)
 
 
 def _mean(members: Iterator[Tensor]) -> Tensor:
@@ -142,7 +181,8 @@ def _mean(members: Iterator[Tensor]) -> Tensor:
 @torch.inference_mode()
 def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
     """What replaces nnU-Net's sliding window: :func:`predict_like_folds`, refined where the training says how, beside what the volumes say
-    by registration that it has kept for this.
+    by registration that it has kept for this. Test-time augmentation, which nnU-Net's option ``--disable_tta`` switches off, also shows
+    the members the scan turned, where the training says so.
 
     Shape:
         (C, *spatial) to (K, *spatial), half precision.
@@ -154,9 +194,10 @@ def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
     space = label_space(predictor.label_manager)
     rule = Refinement.from_tensor(stored, space)
     planar = is_planar(predictor.configuration_manager.spacing)
-    prediction = predict_for(rule, predictor, input_image, space, planar, network.atlases is not None)
+    registered_volumes = network.atlases is not None
+    prediction = predict_for(rule, predictor, input_image, space, planar, registered=registered_volumes, turned=predictor.use_mirroring)
     image, registered = input_image.cpu(), None
-    if network.atlases is not None and prediction.in_scan is not None:
+    if registered_volumes and prediction.in_scan is not None:
         registered = weighed_on(from_tensor(network.atlases), image, rule, space, planar, prediction.in_scan)
     return rule.logits(prediction.logits, image, space, planar, prediction.in_slices, registered).to(prediction.logits.dtype)
 

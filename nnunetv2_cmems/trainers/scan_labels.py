@@ -91,6 +91,8 @@ class ScanLabels:
         self._config: ScanLabelsConfig = trainer.config.scan_labels
         if not has_thick_slices(trainer):
             self._config = dataclasses.replace(self._config, propagation=0.0)
+        if not in_any_pose(trainer):
+            self._config = dataclasses.replace(self._config, turns=())
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
         self._registered = {case: cases[case] for case in chosen(cases, max(self._config.most_scans, MOST_REGISTERED))}
@@ -226,7 +228,8 @@ class ScanLabels:
             predicted = (self._predict(case, predictor) for case in mine)
             self._write(trainer, begin, len(mine), predicted, label, "Labelling whole unlabelled scans")
         windows = sum(count_windows(open_image(case, dataset).shape[1:], patch) for case, dataset in self._cases.items())
-        trainer.history.add({"scan_label_passes": members * windows}, trainer.current_epoch)
+        views = 1 + len(self.refinement.turns(self._planar)) * (members > 1)
+        trainer.history.add({"scan_label_passes": members * views * windows}, trainer.current_epoch)
 
     def _write(
         self,
@@ -425,6 +428,13 @@ def has_thick_slices(trainer: Any) -> bool:
     """Whether slices are more than three times as far apart as their pixels; of a 2D configuration those of the data set's images."""
     spacing = trainer.configuration_manager.spacing
     return is_planar(trainer.plans_manager.original_median_spacing_after_transp if len(spacing) == 2 else spacing)
+
+
+def in_any_pose(trainer: Any) -> bool:
+    """Whether scans may lie turned within their slices: no volume that is annotated as a whole shows how organs lie."""
+    if not trainer.config.free_pose or not is_planar(trainer.configuration_manager.spacing):
+        return False
+    return not whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
 
 
 def painted_slices(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[dict[int, np.ndarray]]:

@@ -1,0 +1,98 @@
+"""Scans seen turned within their slices, as another patient might lie.
+
+Networks know an organ as the annotated image shows it, and turned from there as far as the training turns it. A scan that is turned
+farther they see wrong, and contradict each other; turned towards what they know, they see it right, and agree. So the mean over turned
+views is taken, in which each counts by the members' agreement about it. With equal weights this is test-time augmentation (Wang et al.,
+Neurocomputing 338, 2019).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nnunetv2_cmems.method.label_space import LabelSpace
+
+EMPHASIS = 2.0
+"""Exponent of one over the members' disagreement about a view."""
+
+_LEAST_DISAGREEMENT = 0.02
+
+
+def turned(slices: Tensor, degrees: float, spacing: Sequence[float], *, outside: str = "border") -> Tensor:
+    """Slices turned about their middle, by bilinear interpolation. What is turned out of them is lost.
+
+    Args:
+        slices: (N, C, Y, X).
+        degrees: from the axis Y towards the axis X; those of the opposite sign turn back.
+        spacing: millimetres (y, x).
+        outside: what comes in, ``"border"``: the nearest pixel; or ``"zeros"``.
+
+    Returns:
+        A tensor of the shape of ``slices``, in single precision; ``slices`` itself for 0 degrees, if it is of single precision.
+    """
+    if degrees == 0:
+        return slices.float()
+    height, width = (side * step for side, step in zip(slices.shape[-2:], spacing))
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    matrix = torch.tensor([[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]], device=slices.device)
+    grid = functional.affine_grid(matrix.expand(len(slices), 2, 3), list(slices.shape), align_corners=False)
+    return functional.grid_sample(slices.float(), grid, mode="bilinear", padding_mode=outside, align_corners=False)
+
+
+def turned_scan(image: Tensor, degrees: float, spacing: Sequence[float]) -> Tensor:
+    """:func:`turned` for all slices of a scan (C, Z, Y, X)."""
+    return turned(image.transpose(0, 1), degrees, spacing).transpose(0, 1).contiguous()
+
+
+class MeanOfViews:
+    """The weighted mean of what each member says about turned views of a scan, seen as the scan lies.
+
+    Where a view does not show a part of the scan it does not count. The first view must be the scan as it is.
+
+    Args:
+        space: what the networks' heads mean.
+        spacing: of the slices, millimetres (y, x).
+        device: where slices are turned back.
+    """
+
+    def __init__(self, space: LabelSpace, spacing: Sequence[float], device: torch.device) -> None:
+        self._space, self._spacing, self._device = space, spacing, device
+        self._means: list[Tensor] = []
+        self._weight: Tensor | None = None
+
+    def add(self, logits: Sequence[Tensor], degrees: float, agreement: float) -> None:
+        """Count a view that is turned by ``degrees``.
+
+        Args:
+            logits: each member's, of the turned scan, (heads, Z, Y, X), half or single precision.
+            degrees: as in :func:`turned`.
+            agreement: of the members about this view, from :func:`~nnunetv2_cmems.method.propagation.agreement_in_scan`.
+        """
+        weight = weight_of(agreement)
+        if self._weight is None:
+            self._weight = torch.full(logits[0].shape[-2:], weight, device=self._device)
+            self._means = [torch.empty(member.shape, dtype=torch.float16) for member in logits]
+            share = torch.ones_like(self._weight)
+        else:
+            shown = turned(torch.ones_like(self._weight)[None, None], -degrees, self._spacing, outside="zeros")[0, 0] * weight
+            self._weight += shown
+            share = shown / self._weight
+        for mean, member in zip(self._means, logits):
+            for z in range(mean.shape[1]):  # volumes are large
+                said = self._space.probabilities(member[None, :, z].to(self._device))
+                said = turned(said, -degrees, self._spacing)[0]
+                mean[:, z] = torch.lerp(mean[:, z].to(said), said, share) if degrees else said
+
+    def logits(self) -> list[Tensor]:
+        """Each member's, (heads, Z, Y, X), half precision, on the CPU."""
+        return [torch.stack([self._space.logits(piece[None].float())[0].half() for piece in mean.unbind(1)], 1) for mean in self._means]
+
+
+def weight_of(agreement: float) -> float:
+    """How much a view counts: one over the members' disagreement, to the power of :data:`EMPHASIS`; 1 where they see no organ."""
+    return 1.0 if math.isnan(agreement) else (1 / max(1 - agreement, _LEAST_DISAGREEMENT)) ** EMPHASIS
