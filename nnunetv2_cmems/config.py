@@ -290,7 +290,7 @@ class CMEMSConfig:
         pseudo_class_weighting: ``class_weighting`` of the two consistency terms.
         exemplar_views: deformation of exemplar images.
         free_pose: degrees by which exemplar images and the organs of Ω are turned farther than ``exemplar_views`` and ``synthesis.joint``
-            say, where no volume is annotated as a whole: one slice does not tell how organs lie in other scans. 0: they lie as it
+            say, where no case has more than one annotated slice, which does not tell how organs lie in other scans. 0: they lie as it
             shows them, and ``scan_labels.turns`` do not count. For 2D configurations and thick slices.
         supervised_intensity: appearance changes of exemplar and synthetic images.
         weak: appearance of weak views.

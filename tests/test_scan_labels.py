@@ -748,9 +748,11 @@ def test_scans_are_seen_turned(workspace: Workspace, monkeypatch: pytest.MonkeyP
         (lambda workspace: {}, {}, True),
         (in_three_dimensions, {}, True),
         (lambda workspace: {}, {"exemplar": [{"case": EXEMPLAR["case"]}]}, False),
+        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "slice": EXEMPLAR["slice"] + 1}]}, False),
+        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "case": TRAINING[0]}]}, True),
         (lambda workspace: {}, {"free_pose": 0}, False),
     ],
-    ids=["a slice", "thick slices", "a volume", "off"],
+    ids=["a slice", "thick slices", "a volume", "two slices of a case", "of two cases", "off"],
 )
 def test_one_slice_does_not_tell_how_scans_lie(
     workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], config: dict[str, Any], free: bool

@@ -409,7 +409,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if scan_labels.in_any_pose(self):
             config = config.in_free_pose()
             self.print_to_log_file(
-                f"No volume is annotated as a whole, so scans may lie turned against what is: it is shown turned by up to "
+                "One annotated slice does not tell how other scans lie: it is shown turned by up to "
                 f"{config.exemplar_views.rotation:g} degrees; where all scans lie alike, and organs differ by their side only, set "
                 "'free_pose' to 0."
             )

@@ -431,10 +431,11 @@ def has_thick_slices(trainer: Any) -> bool:
 
 
 def in_any_pose(trainer: Any) -> bool:
-    """Whether scans may lie turned within their slices: no volume that is annotated as a whole shows how organs lie."""
+    """Whether scans may lie turned within their slices. Several annotated slices of one case show how organs lie."""
     if not trainer.config.free_pose or not is_planar(trainer.configuration_manager.spacing):
         return False
-    return not whole_volumes(trainer.exemplars, trainer.preprocessed_dataset())
+    cases = [exemplar.case for exemplar in trainer.exemplars]
+    return len(set(cases)) == len(cases) and all(exemplar.slice is not None for exemplar in trainer.exemplars)
 
 
 def painted_slices(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[dict[int, np.ndarray]]:
