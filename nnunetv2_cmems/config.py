@@ -191,8 +191,9 @@ class ScanLabelsConfig:
         propagation: share of a scan's slices, for each class those on which the members agree best, from which what they say is carried to
             the other slices by registration. 0: nothing is carried. Only where slices are more than three times as far apart as their
             pixels (of 2D configurations those of the images, by the plans' median); needs two members.
-        turns: degrees by which the members see each scan turned within its slices, too, when they label it and when they predict. A view
-            counts by how well they agree about it. ``[]``: only as it is. Where ``free_pose`` counts; needs two members.
+        turns: degrees by which a scan that is predicted with test-time augmentation is seen turned within its slices, too; a view counts by
+            how well the members agree about it. ``[]``: only as it is. Where no case has more than one annotated slice, which does not tell
+            how organs lie in other scans; for 2D configurations and thick slices; needs two members.
         appearance: weight of the grey values' log-likelihood beside what the members say. 0: their grey values do not count.
         smoothing: sigma, in voxels, of the blur of what the members say; within slices for 2D configurations and thick slices. 0: none.
             Half of it where predictions are refined.
@@ -222,7 +223,7 @@ class ScanLabelsConfig:
 
     at: tuple[float, ...] = _between(0.0, 1.0, (0.3, 0.5, 0.7, 0.85))
     propagation: float = _between(0.0, 1.0, 0.25)
-    turns: tuple[float, ...] = _between(-180.0, 180.0, (-60.0, 60.0))
+    turns: tuple[float, ...] = _between(-180.0, 180.0, (-60.0, -30.0, 30.0, 60.0))
     appearance: float = _between(0.0, 1.0, 0.5)
     smoothing: float = _between(0.0, 20.0, 1.0)
     growth: float = _between(0.0, 1.0, 0.07)
@@ -289,9 +290,6 @@ class CMEMSConfig:
             class with the background, and squares in the denominator, as the public code of UniMatch and its kin has it.
         pseudo_class_weighting: ``class_weighting`` of the two consistency terms.
         exemplar_views: deformation of exemplar images.
-        free_pose: degrees by which exemplar images and the organs of Ω are turned farther than ``exemplar_views`` and ``synthesis.joint``
-            say, where no case has more than one annotated slice, which does not tell how organs lie in other scans. 0: they lie as it
-            shows them, and ``scan_labels.turns`` do not count. For 2D configurations and thick slices.
         supervised_intensity: appearance changes of exemplar and synthetic images.
         weak: appearance of weak views.
         strong: appearance of strong views, on top of the weak view's crop.
@@ -345,7 +343,6 @@ class CMEMSConfig:
     pseudo_dice: Literal["shown", "all"] = "shown"
     pseudo_class_weighting: float = _between(0.0, 1.0, 0.0)
     exemplar_views: SpatialConfig = SpatialConfig(rotation=45.0, scale=(0.6, 1.5), elastic=0.08)
-    free_pose: float = _between(0.0, 180.0, 45.0)
     supervised_intensity: IntensityConfig = IntensityConfig(
         brightness=0.3, contrast=(0.65, 1.5), gamma=(0.6, 1.7), noise=0.1, blur=1.0, bias=0.3, curve=0.3, low_resolution=2.0
     )
@@ -375,15 +372,6 @@ class CMEMSConfig:
         if self.initial_lr is not None:
             return self.initial_lr
         return 0.064 / channels if self.optimizer == "adamw" else 0.01
-
-    def in_free_pose(self) -> CMEMSConfig:
-        """With exemplar images and Ω's organs turned farther by :attr:`free_pose`."""
-
-        def farther(views: SpatialConfig) -> SpatialConfig:
-            return dataclasses.replace(views, rotation=min(180.0, views.rotation + self.free_pose))
-
-        synthesis = dataclasses.replace(self.synthesis, joint=farther(self.synthesis.joint))
-        return dataclasses.replace(self, exemplar_views=farther(self.exemplar_views), synthesis=synthesis)
 
     def class_weighting_at(self, progress: float) -> float:
         """The exponent at ``progress`` in [0, 1], the fraction of the training that is done."""

@@ -279,12 +279,3 @@ def test_a_trainers_own_config_is_checked_too(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
     with pytest.raises(CMEMSError, match="trainer's own config.*'tau' is 2"):
         load_config(CMEMSConfig(tau=2.0), None)
-
-
-@pytest.mark.parametrize(("free_pose", "expected"), [(0.0, (45.0, 30.0)), (45.0, (90.0, 75.0)), (140.0, (180.0, 170.0))])
-def test_exemplars_in_free_pose_are_turned_farther(free_pose: float, expected: tuple[float, float]) -> None:
-    config = CMEMSConfig(free_pose=free_pose)
-    free = config.in_free_pose()
-    assert (free.exemplar_views.rotation, free.synthesis.joint.rotation) == expected
-    unturned = {"exemplar_views": {"rotation": 45.0}, "synthesis": {"joint": {"rotation": 30.0}}}
-    assert with_overrides(free, unturned, "test") == config

@@ -289,11 +289,6 @@ def test_slices_count_for_others_where_they_are_apart(planar: bool, share: float
     assert Refinement(ScanLabelsConfig(propagation=share), (True,), 1.0).propagates(planar) == expected
 
 
-@pytest.mark.parametrize(("planar", "expected"), [(True, (-60.0, 60.0)), (False, ())])
-def test_scans_are_turned_where_slices_are_apart(planar: bool, expected: tuple[float, ...]) -> None:
-    assert Refinement(ScanLabelsConfig(turns=(-60.0, 60.0)), (True,), 1.0).turns(planar) == expected
-
-
 @pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
 def test_predictions_are_the_mean_with_what_volumes_say(space: LabelSpace) -> None:
     """Grey values decide between the two; where volumes know nothing the networks say alone; organs that only they see are found."""

@@ -36,7 +36,6 @@ from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first, passes_per_step
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.refinement import Refinement
-from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS_paper
 from nnunetv2_cmems.trainers import scan_labels as rounds
 from nnunetv2_cmems.trainers.prediction import (
     predict_for,
@@ -50,8 +49,7 @@ from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
 AS_PREDICTED = {
-    "at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False, "outlines": False,
-    "turns": []
+    "at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False, "outlines": False
 }  # fmt: skip
 ON: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
 
@@ -520,7 +518,7 @@ def test_annotated_volumes_are_registered_onto_what_is_predicted(
     image, space, planar = torch.from_numpy(workspace.image(VALIDATION[0])), trainer.label_space, trainer._scan_labels._planar
     rule = Refinement.from_tensor(trainer.mutual_networks.refinement, space)  # in single precision
     with predicting(trainer, mirroring=False) as predictor, torch.inference_mode():
-        prediction = predict_for(rule, predictor, image, space, planar, registered=True, turned=False)
+        prediction = predict_for(rule, predictor, image, space, planar, registered=True)
         assert prediction.in_scan is not None and (0 <= prediction.in_scan <= 1 or np.isnan(prediction.in_scan))
         said = atlas.weighed_on([kept], image, rule, space, planar, prediction.in_scan)
         given = prediction.logits, image, space, planar, prediction.in_slices
@@ -709,95 +707,73 @@ def test_predictions_that_are_not_refined(workspace: Workspace, config: dict[str
     assert np.array_equal(refined, raw)
 
 
-def test_scans_are_seen_turned(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When they are labelled, and when they are predicted with test-time augmentation: the mean of the views that the rule names."""
+def test_predictions_are_the_mean_over_turned_views(workspace: Workspace) -> None:
+    """With test-time augmentation."""
     turns = (-40.0, 60.0)
-    workspace.configure(**{**ON, "scan_labels": {**AS_PREDICTED, "shared_appearance": False, "contacts": False, "turns": turns}})
-    seen: list[tuple[np.ndarray, Tensor]] = []
-    make = rounds.ScanLabels._make
-
-    def remembered(self: Any, trainer: Any, begin: int) -> None:
-        make(self, trainer, begin)
-        case = UNLABELLED[0]
-        with predicting(trainer, mirroring=False) as predictor:
-            said = list(predict_turned(predictor, torch.from_numpy(workspace.image(case)), trainer.label_space, turns))
-        seen.append((np.load(folder(workspace) / "epoch_1" / f"{case}.npy"), sum(member.float() for member in said)))
-
-    monkeypatch.setattr(rounds.ScanLabels, "_make", remembered)
+    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "turns": turns}})
     trainer = workspace.train()
-    ((labels, said),) = seen
-    assert np.mean(labels == said.argmax(0).numpy()) > 0.99  # but for ties: the mean is of half precision
-
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=True)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(workspace.fold().parent), (0,))
     image, space = torch.from_numpy(workspace.image(VALIDATION[0])), trainer.label_space
     rule = Refinement.from_tensor(trainer.mutual_networks.refinement, space)
     assert rule.config.turns == turns
+    with predicting(trainer, mirroring=False) as plain_predictor:
+        members = list(predict_turned(plain_predictor, image, space, turns))
     found = {}
     for augmented in (False, True):
         predictor.use_mirroring = augmented
         prediction = predict_for(rule, predictor, image, space, True, turned=augmented)
         found[augmented] = predictor.predict_sliding_window_return_logits(image)
         assert torch.equal(found[augmented], rule.logits(prediction.logits, image, space, True, prediction.in_slices).half())
+        said = (members[0].float() + members[1].float()) / 2
+        assert torch.allclose(prediction.logits.float(), said, atol=0.02) == augmented
     assert (found[True] - found[False]).abs().max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("prepare", "config", "free"),
-    [
-        (lambda workspace: {}, {}, True),
-        (in_three_dimensions, {}, True),
-        (lambda workspace: {}, {"exemplar": [{"case": EXEMPLAR["case"]}]}, False),
-        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "slice": EXEMPLAR["slice"] + 1}]}, False),
-        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "case": TRAINING[0]}]}, True),
-        (lambda workspace: {}, {"free_pose": 0}, False),
-    ],
-    ids=["a slice", "thick slices", "a volume", "two slices of a case", "of two cases", "off"],
-)
-def test_one_slice_does_not_tell_how_scans_lie(
-    workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], config: dict[str, Any], free: bool
-) -> None:
-    workspace.configure(**{**ON, **config})
-    trainer = workspace.make(**prepare(workspace))
-    trainer.initialize()
-    trainer.get_dataloaders()
-    used, made = trainer._objective.config, trainer._scan_labels
-    assert (used.exemplar_views.rotation, used.synthesis.joint.rotation) == ((90, 75) if free else (45, 30))
-    assert made.refinement.config.turns == made.prediction_refinement.config.turns == ((-60, 60) if free else ())
-    assert trainer.config.exemplar_views.rotation == 45, "what is recorded, and goes on, is as it was given"
-    assert ("shown turned by up to 90 degrees" in Path(trainer.log_file).read_text()) == free
-
-
-def test_cubic_voxels_are_not_turned_farther(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "is_planar", lambda spacing: False)
-    workspace.configure(**{**ON, "scan_labels": {"at": []}})
-    trainer = workspace.make(**in_three_dimensions(workspace))
-    trainer.initialize()
-    trainer.get_dataloaders()
-    assert trainer._objective.config.exemplar_views.rotation == 45
-
-
-def test_the_papers_method_is_not_turned_farther(workspace: Workspace) -> None:
-    workspace.configure(**{**ON, "scan_labels": {}})
-    trainer = workspace.make(nnUNetTrainerCMEMS_paper)
-    trainer.initialize()
-    trainer.get_dataloaders()
-    assert trainer._objective.config.exemplar_views.rotation == 45
 
 
 @pytest.mark.parametrize(
     ("config", "turns"), [({"num_members": 1}, (60.0,)), ({}, ())], ids=["how well one network agrees is not known", "off"]
 )
 def test_scans_that_are_not_seen_turned(workspace: Workspace, config: dict[str, Any], turns: tuple[float, ...]) -> None:
-    workspace.configure(**{**ON, **config, "scan_labels": {"at": [0.5], "turns": turns}})
+    workspace.configure(**{**ON, **config})
     trainer = workspace.train()
     image = torch.from_numpy(workspace.image(VALIDATION[0]))
     with predicting(trainer, mirroring=False) as predictor:
         members = list(predict_members(predictor, image))
         found = list(predict_turned(predictor, image, trainer.label_space, turns))
     assert len(found) == len(members) == trainer.config.num_members and all(map(torch.equal, found, members))
-    windows = sum(rounds.count_windows(workspace.image(case).shape[1:], trainer.configuration_manager.patch_size) for case in UNLABELLED)
-    assert logs(trainer)["scan_label_passes"][1] == len(members) * windows
+
+
+@pytest.mark.parametrize(
+    ("prepare", "config", "turned"),
+    [
+        (lambda workspace: {}, {}, True),
+        (in_three_dimensions, {}, True),
+        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "case": TRAINING[0]}]}, True),
+        (lambda workspace: {}, {"exemplar": [{"case": EXEMPLAR["case"]}]}, False),
+        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "slice": EXEMPLAR["slice"] + 1}]}, False),
+        (lambda workspace: {}, {"scan_labels": {"at": [0.5], "turns": []}}, False),
+        (lambda workspace: {}, {"num_members": 1}, False),
+    ],
+    ids=["a slice", "thick slices", "slices of two cases", "a volume", "two slices of a case", "off", "one member"],
+)
+def test_one_slice_does_not_tell_how_scans_lie(
+    workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], config: dict[str, Any], turned: bool
+) -> None:
+    workspace.configure(**{**ON, **config})
+    trainer = workspace.make(**prepare(workspace))
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert trainer._scan_labels.prediction_refinement.config.turns == ((-60, -30, 30, 60) if turned else ())
+    assert ("seen turned, too, by -60, -30, 30, 60 degrees" in Path(trainer.log_file).read_text()) == turned
+
+
+def test_scans_of_cubic_voxels_are_not_turned(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "is_planar", lambda spacing: False)
+    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "in_space": True}})
+    trainer = workspace.make(**in_three_dimensions(workspace))
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert trainer._scan_labels.prediction_refinement.config.turns == ()
 
 
 def test_the_folder_goes_after_the_final_checkpoint(workspace: Workspace) -> None:

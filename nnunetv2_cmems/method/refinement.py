@@ -126,10 +126,6 @@ class Refinement:
             tuple(tuple(map(bool, alike[first : first + count])) for first in range(0, len(alike), count)) if any(alike) else (),
         )
 
-    def turns(self, planar: bool) -> tuple[float, ...]:
-        """Degrees by which scans are seen turned, too: only within slices that are apart from each other."""
-        return self.config.turns if planar else ()
-
     def propagates(self, planar: bool) -> bool:
         """Whether slices that members agree on count for others: only where slices are apart from each other."""
         return planar and self.config.propagation > 0

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from nnunetv2_cmems.method.label_space import LabelSpace
 
-EMPHASIS = 2.0
+EMPHASIS = 4.0
 """Exponent of one over the members' disagreement about a view."""
 
 _LEAST_DISAGREEMENT = 0.02

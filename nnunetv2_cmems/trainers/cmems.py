@@ -406,13 +406,6 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
 
     def _prepare_objective(self) -> None:
         config = self.config
-        if scan_labels.in_any_pose(self):
-            config = config.in_free_pose()
-            self.print_to_log_file(
-                "One annotated slice does not tell how other scans lie: it is shown turned by up to "
-                f"{config.exemplar_views.rotation:g} degrees; where all scans lie alike, and organs differ by their side only, set "
-                "'free_pose' to 0."
-            )
         if config.synthetic.enabled and not self._synthesises:
             config = dataclasses.replace(config, synthetic=TermConfig(enabled=False))
             why = "no annotated slice shows every class, so that they would lack organs ('complete_only' of 'synthesis')"

@@ -159,11 +159,11 @@ def predict_for(
     planar: bool,
     *,
     registered: bool = False,
-    turned: bool = True,
+    turned: bool = False,
 ) -> Prediction:
     """What a refinement takes; the members' agreement where it counts for this rule, or where volumes are ``registered``. Where ``turned``
-    scans are seen turned as this rule says."""
-    propagates, turns = rule.propagates(planar), rule.turns(planar) if turned else ()
+    the scan is seen turned as this rule says."""
+    propagates, turns = rule.propagates(planar), rule.config.turns if turned else ()
     if not (propagates or registered or turns):
         return Prediction(predict_like_folds(predictor, input_image).cpu())
     return predict_with_agreement(predictor, input_image, space, in_slices=propagates, in_scan=registered, turns=turns)

@@ -24,7 +24,7 @@ class nnUNetTrainerCMEMS_paper(nnUNetTrainerCMEMS):
 
     config = dataclasses.replace(
         _DEFAULT, architecture="plans", optimizer="sgd", final_class_weighting=1.0, competence=False,
-        synthesis=SynthesisConfig(complete_only=False), scan_labels=_NO_ROUNDS, free_pose=0.0,
+        synthesis=SynthesisConfig(complete_only=False), scan_labels=_NO_ROUNDS,
     )  # fmt: skip
 
 

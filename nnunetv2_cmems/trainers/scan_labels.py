@@ -91,8 +91,6 @@ class ScanLabels:
         self._config: ScanLabelsConfig = trainer.config.scan_labels
         if not has_thick_slices(trainer):
             self._config = dataclasses.replace(self._config, propagation=0.0)
-        if not in_any_pose(trainer):
-            self._config = dataclasses.replace(self._config, turns=())
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
         self._registered = {case: cases[case] for case in chosen(cases, max(self._config.most_scans, MOST_REGISTERED))}
@@ -118,7 +116,9 @@ class ScanLabels:
         self.refinement = Refinement(self._config, single, share, places, outlines, grows, reach)
         # what networks say at the end of a training is more exact than what they say in its midst; and those that have learned from a whole
         # volume know more than one slice's shape
-        finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2)
+        turned = self._planar and trainer.config.num_members > 1 and one_slice_a_case(trainer.exemplars)
+        turns = self._config.turns if turned else ()
+        finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2, turns=turns)
         # what labels lack, or have too much of, networks would learn, and round by round it would become more
         self.prediction_refinement = dataclasses.replace(
             self.refinement,
@@ -228,8 +228,7 @@ class ScanLabels:
             predicted = (self._predict(case, predictor) for case in mine)
             self._write(trainer, begin, len(mine), predicted, label, "Labelling whole unlabelled scans")
         windows = sum(count_windows(open_image(case, dataset).shape[1:], patch) for case, dataset in self._cases.items())
-        views = 1 + len(self.refinement.turns(self._planar)) * (members > 1)
-        trainer.history.add({"scan_label_passes": members * views * windows}, trainer.current_epoch)
+        trainer.history.add({"scan_label_passes": members * windows}, trainer.current_epoch)
 
     def _write(
         self,
@@ -430,12 +429,10 @@ def has_thick_slices(trainer: Any) -> bool:
     return is_planar(trainer.plans_manager.original_median_spacing_after_transp if len(spacing) == 2 else spacing)
 
 
-def in_any_pose(trainer: Any) -> bool:
-    """Whether scans may lie turned within their slices. Several annotated slices of one case show how organs lie."""
-    if not trainer.config.free_pose or not is_planar(trainer.configuration_manager.spacing):
-        return False
-    cases = [exemplar.case for exemplar in trainer.exemplars]
-    return len(set(cases)) == len(cases) and all(exemplar.slice is not None for exemplar in trainer.exemplars)
+def one_slice_a_case(exemplars: Sequence[Exemplar]) -> bool:
+    """Whether no case has more than one annotated slice, so that nothing tells how organs lie in other scans."""
+    cases = [exemplar.case for exemplar in exemplars]
+    return len(set(cases)) == len(cases) and all(exemplar.slice is not None for exemplar in exemplars)
 
 
 def painted_slices(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[dict[int, np.ndarray]]:
@@ -513,6 +510,12 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
 
 def _tell_of_predictions(trainer: Any, rule: Refinement) -> None:
     names = trainer.label_space.names
+    if rule.config.turns:
+        trainer.print_to_log_file(
+            f"Scans that are predicted are seen turned, too, by {', '.join(f'{degrees:g}' for degrees in rule.config.turns)} degrees: one "
+            "slice does not tell how they lie; --disable_tta leaves this out; where all scans lie alike, and organs differ by their side "
+            "only, switch off 'scan_labels.turns'."
+        )
     if rule.alike:
         pairs = ", ".join(_pairs(names, rule.alike))
         trainer.print_to_log_file(f"Alike in the annotated images, and so in predictions ('scan_labels.shared_appearance'): {pairs}.")
