@@ -103,8 +103,12 @@ def test_contacts_and_likeness_are_kept_with_the_weights() -> None:
     assert again.contacts == known() and again.alike == known().apart
     without = Refinement.from_tensor(dataclasses.replace(rule, contacts=None, alike=()).to_tensor(), CLASSES)
     assert without.contacts is None and without.alike == ()
-    older = Refinement.from_tensor(rule.to_tensor()[: -(3 * 4 + 9)], CLASSES)  # of a checkpoint from before
-    assert older.contacts is None and older.alike == ()
+    turns = len(rule.config.turns)
+    stored = rule.to_tensor()
+    last = Refinement.from_tensor(stored[: len(stored) - turns], CLASSES)  # of a checkpoint from before scans were seen turned
+    assert turns and last.config.turns == () and last.contacts == known() and last.alike == known().apart
+    older = Refinement.from_tensor(stored[: len(stored) - turns - (3 * 4 + 9)], CLASSES)  # and from before contacts
+    assert older.contacts is None and older.alike == () and older.config.turns == ()
 
 
 @pytest.mark.parametrize("planar", [True, False], ids=["slices", "in space"])
