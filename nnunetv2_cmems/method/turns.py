@@ -73,20 +73,16 @@ class MeanOfViews:
             degrees: as in :func:`turned`.
             agreement: of the members about this view, from :func:`~nnunetv2_cmems.method.propagation.agreement_in_scan`.
         """
-        weight = weight_of(agreement)
         if self._weight is None:
-            self._weight = torch.full(logits[0].shape[-2:], weight, device=self._device)
-            self._means = [torch.empty(member.shape, dtype=torch.float16) for member in logits]
-            share = torch.ones_like(self._weight)
-        else:
-            shown = turned(torch.ones_like(self._weight)[None, None], -degrees, self._spacing, outside="zeros")[0, 0] * weight
-            self._weight += shown
-            share = shown / self._weight
+            self._weight = torch.zeros(logits[0].shape[-2:], device=self._device)
+            self._means = [torch.zeros(member.shape, dtype=torch.float16) for member in logits]
+        shown = turned(torch.ones_like(self._weight)[None, None], -degrees, self._spacing, outside="zeros")[0, 0] * weight_of(agreement)
+        self._weight += shown
+        share = shown / self._weight
         for mean, member in zip(self._means, logits):
             for z in range(mean.shape[1]):  # volumes are large
-                said = self._space.probabilities(member[None, :, z].to(self._device))
-                said = turned(said, -degrees, self._spacing)[0]
-                mean[:, z] = torch.lerp(mean[:, z].to(said), said, share) if degrees else said
+                said = turned(self._space.probabilities(member[None, :, z].to(self._device)), -degrees, self._spacing)[0]
+                mean[:, z] = torch.lerp(mean[:, z].to(said), said, share)
 
     def logits(self) -> list[Tensor]:
         """Each member's, (heads, Z, Y, X), half precision, on the CPU."""
