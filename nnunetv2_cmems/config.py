@@ -209,6 +209,8 @@ class ScanLabelsConfig:
         contacts: from predictions an organ is removed in slices at the ends of its row in which it touches one that it never touches in the
             annotated images, or background, if it lies within others there. For 2D configurations and thick slices; to be switched off
             for what may lie anywhere, such as lesions.
+        waists: likewise, where ``contacts`` is on, one that never touches some other one and has a waist, narrower than in the annotated
+            images: there it is two that hang together.
         places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or
             several slices of one, are annotated, with two classes or more. To be switched off for what may lie anywhere, such as lesions.
         atlases: so many wholly annotated volumes, chosen at random, are registered onto each scan before the first step, and their labels
@@ -231,6 +233,7 @@ class ScanLabelsConfig:
     outlines: bool = True
     shared_appearance: bool = True
     contacts: bool = True
+    waists: bool = True
     places: bool = True
     atlases: int = _between(0, 100, 3)
     atlases_in_predictions: bool = True

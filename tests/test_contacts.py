@@ -7,11 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_outlines import CLASSES, REGIONS, disc, heart, scan
+from test_outlines import CLASSES, REGIONS, SHAPE, disc, heart, scan
 from torch import Tensor
+from torch.nn import functional
 
 from nnunetv2_cmems.config import ScanLabelsConfig
-from nnunetv2_cmems.method.contacts import Contacts
+from nnunetv2_cmems.method.contacts import LOBE, NARROW, Contacts, waist
 from nnunetv2_cmems.method.label_space import Classes, LabelSpace
 from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.refinement import Refinement, alike_apart, refine
@@ -40,7 +41,9 @@ def slices(contacts: Contacts, *drawn: Tensor) -> list[list[int]]:
 
 def test_what_the_annotated_slices_show() -> None:
     """The wall touches both others and the background, the cavity touches the wall alone."""
-    assert known() == Contacts(((False, False, True), (False, False, False), (True, False, False)), (True, False, False))
+    assert known().apart == ((False, False, True), (False, False, False), (True, False, False))
+    assert known().enclosed == (True, False, False)
+    assert known().waists == (0.0, 0.0, waist(RIGHT.numpy() == 3)), "of what is free alone"
 
 
 def test_a_slip_of_the_brush_is_no_contact() -> None:
@@ -70,7 +73,9 @@ def test_regions_have_no_contacts() -> None:
     [
         ([RIGHT, RIGHT], [[1, 2, 3], [1, 2, 3]]),
         ([NO_WALL_BETWEEN, RIGHT, RIGHT], [[1, 2], [1, 2, 3], [1, 2, 3]]),
-        ([RIGHT, NO_WALL_BETWEEN, NO_WALL_BETWEEN], [[1, 2, 3], [1, 2], [1, 2]]),
+        ([RIGHT] * 4 + [NO_WALL_BETWEEN] * 2, [[1, 2, 3]] * 4 + [[1, 2]] * 2),
+        ([NO_WALL_BETWEEN] * 3 + [RIGHT] * 7 + [NO_WALL_BETWEEN], [[1, 2]] * 3 + [[1, 2, 3]] * 7 + [[1, 2]]),
+        ([NO_WALL_BETWEEN] * 4 + [RIGHT] * 6, [[1, 2]] * 2 + [[1, 2, 3]] * 8),
         ([RIGHT, NO_WALL_BETWEEN, RIGHT], [[1, 2, 3]] * 3),
         ([NO_WALL_BETWEEN, NO_WALL_BETWEEN], [[1, 2, 3]] * 2),
         ([torch.zeros_like(RIGHT), NO_WALL_BETWEEN, RIGHT], [[], [1, 2], [1, 2, 3]]),
@@ -78,7 +83,7 @@ def test_regions_have_no_contacts() -> None:
         ([RIGHT, OPEN_CAVITY, RIGHT], [[1, 2, 3]] * 3),
         ([torch.zeros_like(RIGHT)] * 2, [[], []]),
     ],
-    ids=["right", "first", "two last", "in their midst", "all", "beyond nothing", "open at both ends", "open in their midst", "nothing"],
+    ids=["right", "first", "two last", "three first and the last", "no more than a fifth", "in their midst", "all", "beyond nothing", "open at both ends", "open in their midst", "nothing"],
 )
 def test_slices_at_the_ends_lose_what_cannot_be_there(drawn: list[Tensor], expected: list[list[int]]) -> None:
     """The crescent, which is free, gives way; the cavity where it is not enclosed."""
@@ -138,6 +143,92 @@ def test_the_outline_of_what_is_removed_goes_with_it() -> None:
     refined = rule.logits(free.logits(probabilities[None])[0], image, free, True)
     found = refined.argmax(0)
     assert set(found[0].unique().tolist()) == {0, 1, 2} and not found[1].any(), "both are free, so both give way"
+
+
+# ------------------------------------------------------------------ waists
+
+
+def two_discs(neck: int, radii: tuple[int, int] = (9, 9)) -> Tensor:
+    """Discs beside each other, joined by a bar of so many pixels across."""
+    bar = torch.zeros(SHAPE, dtype=torch.bool)
+    bar[30 - neck // 2 : 30 - neck // 2 + neck, 22:46] = True
+    return disc(radii[0], (30, 22)) | disc(radii[1], (30, 46)) | bar
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (disc(9, (30, 30)), 1.0),
+        (two_discs(0), 0.0),
+        (two_discs(3), 1.5 / 8.5),
+        (two_discs(7), 3.5 / 8.5),
+        (two_discs(11), 5.5 / 8.5),
+        (two_discs(5, (9, 5)), 2.5 / 4.5),
+        (two_discs(5, (5, 9)), 2.5 / 4.5),
+        (two_discs(3, (9, 3)), 1.0),
+        (torch.zeros(5, 5, dtype=torch.bool), 1.0),
+        (torch.ones(5, 5, dtype=torch.bool), 1.0),
+    ],
+    ids=["disc", "two pieces", "3 pixels", "7", "11", "of the smaller one", "mirrored", "too small for a part", "nothing", "all"],
+)
+def test_waist(mask: Tensor, expected: float) -> None:
+    assert waist(mask.numpy()) == pytest.approx(expected, abs=0.13)
+    large = mask.repeat_interleave(3, 0).repeat_interleave(3, 1)
+    assert waist(large.numpy()) == pytest.approx(expected, abs=0.13), "at any resolution"
+    if mask.any() and 0 < expected < 1:
+        turned = functional.affine_grid(torch.tensor([[[0.8, -0.6, 0.0], [0.6, 0.8, 0.0]]]), [1, 1, 192, 192], align_corners=False)
+        square = large[:, :192]
+        assert square.sum() == large.sum()
+        slanted = functional.grid_sample(square[None, None].float(), turned, align_corners=False)[0, 0] > 0.5
+        assert waist(slanted.numpy()) == pytest.approx(expected, abs=0.13), "however it lies"
+
+
+def waisted(neck: int) -> Tensor:
+    """The heart with two discs for the crescent; seven pixels of the wall are theirs, but none of the cavity."""
+    y, x = torch.meshgrid(*map(torch.arange, SHAPE), indexing="ij")
+    crescent = two_discs(neck)[(x + 11).clamp_max(SHAPE[0] - 1), (y + 4).clamp_max(SHAPE[1] - 1)]  # one above the other
+    assert not (crescent & (RIGHT == 1)).any()
+    hearts = torch.where(RIGHT == 3, 0, RIGHT)
+    return torch.where(crescent & (hearts == 0), 3, hearts)
+
+
+def test_an_organ_with_a_waist_goes_at_the_ends() -> None:
+    """It is two that hang together: slices of other organs, beyond its end."""
+    two, body = waisted(3), waisted(17)
+    assert waist((two == 3).numpy()) < NARROW * waist((body == 3).numpy()) and LOBE < 1
+    everywhere, without = [1, 2, 3], [1, 2]
+    for seen in (known(body), known(RIGHT)):
+        assert slices(seen, two, *[body] * 4, two, two) == [without, *[everywhere] * 4, without, without]
+        assert slices(seen, body, two, body) == [everywhere] * 3, "not in its midst"
+        assert slices(seen, two, two) == [everywhere] * 2, "where all slices have one it is how it looks"
+    assert slices(known(two), two, body) == [everywhere] * 2, "the annotated slice has one"
+    assert slices(known(body, two), two, body) == [everywhere] * 2, "one of the annotated slices has one"
+
+
+def test_a_slice_with_a_waist_before_one_that_touches() -> None:
+    """From either end on either is a reason."""
+    for first in ((waisted(3), NO_WALL_BETWEEN), (NO_WALL_BETWEEN, waisted(3))):
+        assert slices(known(), *first, *[RIGHT] * 4) == [[1, 2]] * 2 + [[1, 2, 3]] * 4
+
+
+def test_walls_and_what_they_enclose_have_no_waists() -> None:
+    """A wall is thick here and thin there, and the cavity is where it is because of what is around it."""
+    thin = RIGHT.clone()
+    for columns in (slice(28, 31), slice(45, 48)):
+        thin[24:36, columns] = torch.where(RIGHT[24:36, columns] == 2, 1, RIGHT[24:36, columns])
+    pinched = torch.where(two_discs(3) & (RIGHT > 0) & (RIGHT < 3), 1, RIGHT)
+    assert slices(known(), thin, pinched, RIGHT)[:2] == [[1, 2, 3]] * 2
+
+
+def test_waists_of_whole_volumes_are_not_known() -> None:
+    assert known(torch.stack([RIGHT] * 3)).waists == (0.0,) * 3, "slices are looked at where they are apart"
+
+
+def test_checkpoints_from_before_waists() -> None:
+    numbers = known().numbers()
+    assert Contacts.from_numbers(numbers, 3) == known()
+    older = [0.0 if index % 4 == 0 and index < 9 else number for index, number in enumerate(numbers)]
+    assert Contacts.from_numbers(older, 3) == dataclasses.replace(known(), waists=(0.0,) * 3)
 
 
 # ------------------------------------------------------------------ grey values

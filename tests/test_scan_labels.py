@@ -30,7 +30,6 @@ from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method import atlas, refinement
-from nnunetv2_cmems.method.contacts import Contacts
 from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first, passes_per_step
@@ -342,33 +341,39 @@ def test_outlines_are_learned_from_every_slice_of_a_volume(workspace: Workspace,
 
 
 @pytest.mark.parametrize(
-    ("prepare", "config", "contacts", "alike"),
+    ("prepare", "config", "contacts", "waists", "alike"),
     [
-        (lambda workspace: {}, {}, True, True),
-        (in_three_dimensions, {}, True, True),
-        (lambda workspace: {}, {"contacts": False}, False, True),
-        (lambda workspace: {}, {"shared_appearance": False}, True, False),
-        (with_regions, {}, False, False),
+        (lambda workspace: {}, {}, True, True, True),
+        (in_three_dimensions, {}, True, True, True),
+        (lambda workspace: {}, {"contacts": False}, False, False, True),
+        (lambda workspace: {}, {"waists": False}, True, False, True),
+        (lambda workspace: {}, {"shared_appearance": False}, True, True, False),
+        (with_regions, {}, False, False, False),
     ],
-    ids=["classes", "thick slices", "contacts off", "grey values off", "regions"],
+    ids=["classes", "thick slices", "contacts off", "waists off", "grey values off", "regions"],
 )
 def test_what_never_touches_and_what_is_alike(
     workspace: Workspace,
     prepare: Callable[[Workspace], dict[str, Any]],
     config: dict[str, Any],
     contacts: bool,
+    waists: bool,
     alike: bool,
 ) -> None:
-    """Both are learned from the annotated slice, and count in predictions alone: what labels lack networks would forget."""
+    """They are learned from the annotated slice, and count in predictions alone: what labels lack networks would forget."""
     workspace.configure(**{**ON, "scan_labels": {"at": [0.5], **config}})
     trainer = workspace.train(**prepare(workspace))
     rules = trainer._scan_labels
     cavities = ((False,) * 3, (False, False, True), (False, True, False))  # kept apart by the left one's wall
     assert rules.refinement.contacts is None
-    assert rules.prediction_refinement.contacts == (Contacts(cavities, (False, True, False)) if contacts else None)
+    found = rules.prediction_refinement.contacts
+    assert (found is not None) == contacts
+    assert found is None or (found.apart, found.enclosed) == (cavities, (False, True, False))
+    assert [narrowest > 0 for narrowest in (found.waists if found else [0] * 3)] == [False, False, waists]
     assert rules.refinement.alike == () and rules.prediction_refinement.alike == (cavities if alike else ())
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
     assert ("so not in predictions: left cavity and right cavity, left cavity and background; organs" in log) == contacts
+    assert ("than in the annotated images ('scan_labels.waists'): right cavity." in log) == waists
     assert ("('scan_labels.shared_appearance'): left cavity and right cavity." in log) == alike
 
 

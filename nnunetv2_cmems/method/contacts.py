@@ -2,15 +2,18 @@
 
 Networks that know organs from one slice find them, with full confidence, in slices that lie beyond the organs, too: what is there instead
 looks much like them (above the valves of a heart an atrium like a ventricle). The organs' arrangement is another one there: what a
-wall keeps apart in the annotated slice touches. Where organs end cannot be learned from one slice; that this cannot be them can.
+wall keeps apart in the annotated slice touches; and what is one body there are two that hang together by a waist (an atrium and the
+outflow tract). Where organs end cannot be learned from one slice; that this cannot be them can.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 from torch import Tensor
 
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
@@ -24,6 +27,19 @@ TOUCHING = 0.05
 OPEN = 0.25
 """Share of an enclosed organ's border in a slice above which it is not enclosed."""
 
+MOST_LOST = 0.2
+"""Share of its row of slices, rounded up, that a class loses at either end at most: where more cannot be it, it is drawn badly."""
+
+NARROW = 0.75
+"""Share of a class's narrowest :func:`waist` in the annotated slices below which it has one in a slice of a scan."""
+
+LOBE = 0.4
+"""What a waist parts is at least so wide, beside the widest place of the whole."""
+
+_LEVELS = 32
+_FINER = 2  # a mask is enlarged
+_SOFTENED = 0.5  # sigma in pixels: the steps of a slanted border are no waists
+
 
 @dataclass(frozen=True)
 class Contacts:
@@ -32,10 +48,13 @@ class Contacts:
     Attributes:
         apart: for each class which others are shown together with it, and never touch it.
         enclosed: whether it borders on other classes only, never on background.
+        waists: the narrowest :func:`waist` of each class that is apart from another and not enclosed; 0 of the others, and where it does
+            not count.
     """
 
     apart: tuple[tuple[bool, ...], ...]
     enclosed: tuple[bool, ...]
+    waists: tuple[float, ...]
 
     @classmethod
     def of(cls, labels: Sequence[np.ndarray], space: LabelSpace) -> Contacts | None:
@@ -51,24 +70,32 @@ class Contacts:
         apart = together & (counts[1:, 1:] <= STRAY * np.minimum(borders[1:, None], borders[1:]))
         np.fill_diagonal(apart, False)
         enclosed = (borders[1:] > 0) & (counts[1:, 0] <= STRAY * borders[1:])
-        return cls(tuple(map(tuple, apart.tolist())), tuple(enclosed.tolist())) if apart.any() or enclosed.any() else None
+        if not (apart.any() or enclosed.any()):
+            return None
+        free = apart.any(1) & ~enclosed & all(label.ndim == 2 for label in labels)
+        waists = [min(waist(label == k + 1) for label in labels) if free[k] else 0.0 for k in range(count)]
+        return cls(tuple(map(tuple, apart.tolist())), tuple(enclosed.tolist()), tuple(waists))
 
     def numbers(self) -> list[float]:
-        """F times F whether they are apart, F times whether it is enclosed."""
-        return [*(float(one) for row in self.apart for one in row), *map(float, self.enclosed)]
+        """F times F whether they are apart, and on the diagonal the waists; F times whether it is enclosed."""
+        square = np.array(self.apart, dtype=float) + np.diag(self.waists)
+        return [*square.ravel().tolist(), *map(float, self.enclosed)]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float], count: int) -> Contacts:
-        """The inverse of :meth:`numbers`, of so many classes."""
-        rows = [tuple(map(bool, numbers[first : first + count])) for first in range(0, len(numbers), count)]
-        return cls(tuple(rows[:-1]), rows[-1])
+        """The inverse of :meth:`numbers`, of so many classes. Older checkpoints know of no waists: there the diagonal is 0."""
+        square = np.reshape(numbers[: count * count], (count, count))
+        apart = (square > 0) & ~np.eye(count, dtype=bool)
+        enclosed = (one > 0 for one in numbers[count * count :])
+        return cls(tuple(map(tuple, apart.tolist())), tuple(enclosed), tuple(np.diagonal(square).tolist()))
 
     def kept(self, labels: Tensor) -> Tensor:
         """Labels (Z, Y, X) without classes in slices at the ends of their row that cannot show them.
 
         From either end on, a class is removed from slices until one comes that may show it: first classes that are not enclosed where they
-        touch one that they are kept apart from (the enclosed one is held in its place by what is around it); then enclosed ones
-        where more than :data:`OPEN` of their border is background. Nothing is removed where no slice may show it.
+        touch one that they are kept apart from (the enclosed one is held in its place by what is around it), or have a waist; then
+        enclosed ones where more than :data:`OPEN` of their border is background. No more than :data:`MOST_LOST` is removed, and nothing
+        where no slice may show it.
         """
         kept = labels.clone()
         for enclosed in (False, True):
@@ -76,20 +103,47 @@ class Contacts:
             counts = [_contacts(part, len(self.enclosed)) for part in whole]
             for k in (k for k, one in enumerate(self.enclosed) if one == enclosed and (one or any(self.apart[k]))):
                 rows = [z for z, part in enumerate(whole) if (part == k + 1).any()]
-                wrong = [self._cannot_be(k, counts[z]) for z in rows]
+                wrong = [self._cannot_be(k, whole[z], counts[z]) for z in rows]
                 if all(wrong):
                     continue
-                first, last = wrong.index(False), len(wrong) - wrong[::-1].index(False)
-                for z in rows[:first] + rows[last:]:
+                most = math.ceil(MOST_LOST * len(rows))
+                first, last = min(most, wrong.index(False)), min(most, wrong[::-1].index(False))
+                for z in rows[:first] + rows[len(rows) - last :]:
                     kept[z][labels[z] == k + 1] = 0
         return kept
 
-    def _cannot_be(self, k: int, counts: np.ndarray) -> bool:
+    def _cannot_be(self, k: int, part: np.ndarray, counts: np.ndarray) -> bool:
         borders = counts.sum(1)
         if self.enclosed[k]:
             return bool(counts[k + 1, 0] > OPEN * borders[k + 1])
         touching = counts[k + 1, 1:] > TOUCHING * np.minimum(borders[k + 1], borders[1:])
-        return bool((touching & np.array(self.apart[k])).any())
+        if (touching & np.array(self.apart[k])).any():
+            return True
+        least = NARROW * self.waists[k]
+        return least > 0 and waist(part == k + 1) < least
+
+
+def waist(mask: np.ndarray) -> float:
+    """How wide the narrowest passage between two parts of a mask (Y, X) is, beside the narrower one of these.
+
+    Widths are those of the largest discs that fit: without its outermost ``t`` pixels the mask falls apart, and into the narrower part
+    fits a disc of the radius ``r``; this is the least ``t / r``. Into a part fits a disc of at least :data:`LOBE` times the largest one's
+    radius. 1 where there are no two parts, as in what is convex; 0 where they do not hang together.
+    """
+    if not mask.any():
+        return 1.0
+    y, x = np.nonzero(mask)
+    around = np.pad(mask[y.min() : y.max() + 1, x.min() : x.max() + 1], 1).astype(float)
+    fine = ndimage.zoom(ndimage.gaussian_filter(around, _SOFTENED), _FINER, order=1) > 0.5
+    depth = ndimage.distance_transform_edt(fine)
+    least = 1.0
+    for level in np.linspace(0, depth.max(), _LEVELS, endpoint=False):
+        parts, count = ndimage.label(depth > level, np.ones((3, 3)))
+        if count > 1:
+            second = np.sort(ndimage.maximum(depth, parts, range(1, count + 1)))[-2]
+            if second >= LOBE * depth.max():
+                least = min(least, float(level / second))
+    return least
 
 
 def _contacts(label: np.ndarray, count: int) -> np.ndarray:

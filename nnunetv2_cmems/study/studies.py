@@ -157,7 +157,8 @@ def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stu
         "refined and grown": {"scan_labels": {**alone, "propagation": 0.0}},
         "with propagation": {"scan_labels": alone},
         "with outlines": {"scan_labels": {**alone, "outlines": True}},
-        "with contacts": {"scan_labels": {"atlases": 0, "places": False}},
+        "with contacts": {"scan_labels": {"atlases": 0, "places": False, "waists": False}},
+        "with waists": {"scan_labels": {"atlases": 0, "places": False}},
         "with places": {"scan_labels": {"atlases": 0}},
         "with atlases": {},
     }

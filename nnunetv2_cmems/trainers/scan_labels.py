@@ -113,6 +113,8 @@ class ScanLabels:
         share = 1.0 if volumes else SHARE_OF_A_SLICE
         contacts = Contacts.of([label[0].numpy() if self._planar else label.numpy() for _, label in shown], self._space)
         alike = alike_apart(shown, contacts, self._space) if contacts and self._config.shared_appearance else ()
+        if contacts and not self._config.waists:
+            contacts = dataclasses.replace(contacts, waists=(0.0,) * len(contacts.waists))
         self.refinement = Refinement(self._config, single, share, places, outlines, grows, reach)
         # what networks say at the end of a training is more exact than what they say in its midst; and those that have learned from a whole
         # volume know more than one slice's shape
@@ -526,6 +528,12 @@ def _tell_of_predictions(trainer: Any, rule: Refinement) -> None:
             f"Never touching in the annotated images, and so not in predictions: {never}; organs that do at the ends of their row of "
             "slices are removed there; for what may lie anywhere, such as lesions, switch off 'scan_labels.contacts'."
         )
+        bodies = [name for name, narrowest in zip(names, rule.contacts.waists) if narrowest]
+        if bodies:
+            trainer.print_to_log_file(
+                f"Removed there likewise where they have a waist, narrower than in the annotated images ('scan_labels.waists'): "
+                f"{', '.join(bodies)}."
+            )
 
 
 def _pairs(names: Sequence[str], related: Sequence[Sequence[bool]]) -> list[str]:
