@@ -83,7 +83,10 @@ def test_regions_have_no_contacts() -> None:
         ([RIGHT, OPEN_CAVITY, RIGHT], [[1, 2, 3]] * 3),
         ([torch.zeros_like(RIGHT)] * 2, [[], []]),
     ],
-    ids=["right", "first", "two last", "three first and the last", "no more than a fifth", "in their midst", "all", "beyond nothing", "open at both ends", "open in their midst", "nothing"],
+    ids=[
+        "right", "first", "two last", "three first and the last", "no more than a fifth", "in their midst", "all", "beyond nothing",
+        "open at both ends", "open in their midst", "nothing",
+    ],
 )
 def test_slices_at_the_ends_lose_what_cannot_be_there(drawn: list[Tensor], expected: list[list[int]]) -> None:
     """The crescent, which is free, gives way; the cavity where it is not enclosed."""

@@ -35,6 +35,8 @@ from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first, passes_per_step
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.refinement import Refinement
+from nnunetv2_cmems.method.turns import turned_scan
+from nnunetv2_cmems.trainers import prediction as prediction_module
 from nnunetv2_cmems.trainers import scan_labels as rounds
 from nnunetv2_cmems.trainers.prediction import (
     predict_for,
@@ -48,7 +50,8 @@ from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
 AS_PREDICTED = {
-    "at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False, "outlines": False
+    "at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False, "outlines": False,
+    "turns_in_labels": [],
 }  # fmt: skip
 ON: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
 
@@ -696,7 +699,7 @@ def test_predictions_are_refined_as_the_labels_are(
     refined, raw = predicted(workspace)
     image = torch.from_numpy(workspace.image(VALIDATION[0]))
     with predicting(trainer, mirroring=False) as predictor:
-        mean, agreement, _ = predict_with_agreement(predictor, image, trainer.label_space)
+        mean, agreement, *_ = predict_with_agreement(predictor, image, trainer.label_space)
     assert agreement is not None and np.array_equal(mean.numpy(), raw)
     expected = rule.logits(mean, image, trainer.label_space, True, agreement if share else None).half()
     assert refined.dtype == raw.dtype and np.array_equal(refined, expected.numpy()) and not np.array_equal(refined, raw)
@@ -749,27 +752,31 @@ def test_scans_that_are_not_seen_turned(workspace: Workspace, config: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("prepare", "config", "turned"),
+    ("prepare", "config", "predictions", "labels"),
     [
-        (lambda workspace: {}, {}, True),
-        (in_three_dimensions, {}, True),
-        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "case": TRAINING[0]}]}, True),
-        (lambda workspace: {}, {"exemplar": [{"case": EXEMPLAR["case"]}]}, False),
-        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "slice": EXEMPLAR["slice"] + 1}]}, False),
-        (lambda workspace: {}, {"scan_labels": {"at": [0.5], "turns": []}}, False),
-        (lambda workspace: {}, {"num_members": 1}, False),
+        (lambda workspace: {}, {}, True, True),
+        (in_three_dimensions, {}, True, True),
+        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "case": TRAINING[0]}]}, True, True),
+        (lambda workspace: {}, {"exemplar": [{"case": EXEMPLAR["case"]}]}, False, False),
+        (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "slice": EXEMPLAR["slice"] + 1}]}, False, False),
+        (lambda workspace: {}, {"scan_labels": {"at": [0.5], "turns": []}}, False, True),
+        (lambda workspace: {}, {"scan_labels": {"at": [0.5], "turns_in_labels": []}}, True, False),
+        (lambda workspace: {}, {"num_members": 1}, False, False),
     ],
-    ids=["a slice", "thick slices", "slices of two cases", "a volume", "two slices of a case", "off", "one member"],
+    ids=["a slice", "thick slices", "slices of two cases", "a volume", "two slices of a case", "off", "not in labels", "one member"],
 )
 def test_one_slice_does_not_tell_how_scans_lie(
-    workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], config: dict[str, Any], turned: bool
+    workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], config: dict[str, Any], predictions: bool, labels: bool
 ) -> None:
     workspace.configure(**{**ON, **config})
     trainer = workspace.make(**prepare(workspace))
     trainer.initialize()
     trainer.get_dataloaders()
-    assert trainer._scan_labels.prediction_refinement.config.turns == ((-60, -30, 30, 60) if turned else ())
-    assert ("seen turned, too, by -60, -30, 30, 60 degrees" in Path(trainer.log_file).read_text()) == turned
+    rules, log = trainer._scan_labels, Path(trainer.log_file).read_text()
+    assert rules.prediction_refinement.config.turns == ((-60, -30, 30, 60) if predictions else ())
+    assert rules.refinement.config.turns == ((-60, 60) if labels else ())
+    assert ("seen turned, too, by -60, -30, 30, 60 degrees" in log) == predictions
+    assert ("see them turned, too, by -60, 60 degrees" in log) == labels
 
 
 def test_scans_of_cubic_voxels_are_not_turned(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -778,7 +785,48 @@ def test_scans_of_cubic_voxels_are_not_turned(workspace: Workspace, monkeypatch:
     trainer = workspace.make(**in_three_dimensions(workspace))
     trainer.initialize()
     trainer.get_dataloaders()
-    assert trainer._scan_labels.prediction_refinement.config.turns == ()
+    assert trainer._scan_labels.prediction_refinement.config.turns == trainer._scan_labels.refinement.config.turns == ()
+
+
+def test_labels_are_of_the_mean_over_turned_views(workspace: Workspace) -> None:
+    workspace.configure(**{**ON, "num_epochs": 3, "scan_labels": {"at": [0.3], "turns_in_labels": [-40, 60]}})
+    trainer = workspace.make()
+    workspace.interrupted(1, trainer)
+    made, case, space = trainer._scan_labels, UNLABELLED[0], trainer.label_space
+    made.before_epoch(trainer)
+    image = torch.from_numpy(workspace.image(case))
+    expected = {}
+    with predicting(trainer, mirroring=False) as predictor:
+        for turned in (False, True):
+            prediction = predict_for(made.refinement, predictor, image, space, True, turned=turned)
+            expected[turned] = made._labels_of(prediction.logits, image, prediction.in_slices)
+    assert np.array_equal(made.files.whole(case, 1), expected[True]) and not np.array_equal(*expected.values())
+
+
+def test_turned_views_show_the_surroundings_of_organs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.configure(**ON)
+    trainer = workspace.make()
+    trainer.initialize()
+    patch = trainer.configuration_manager.patch_size
+    image = torch.randn(1, 3, 3 * patch[0], 3 * patch[1], generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+
+    def members(predictor: Any, view: Tensor) -> Iterator[Tensor]:
+        """Both see the first class in a spot, which in the first view is in a corner."""
+        seen.append(view)
+        for _ in range(2):
+            logits = torch.zeros(4, *view.shape[1:])
+            logits[0], logits[1, 1, 4:10, -10:-4] = 3.0, 6.0
+            yield logits
+
+    monkeypatch.setattr(prediction_module, "predict_members", members)
+    with predicting(trainer, mirroring=False) as predictor:
+        found = predict_for(
+            Refinement(ScanLabelsConfig(propagation=0.0, turns=(90.0,)), (True,) * 4, 1.0),
+            predictor, image, trainer.label_space, True, turned=True,
+        )  # fmt: skip
+    assert found.shown == ((3, 3 * patch[0], 3 * patch[1]), (3, *patch)) and torch.equal(seen[0], image)
+    assert torch.allclose(seen[1], turned_scan(image[..., : patch[0], -patch[1] :], 90, predictor.configuration_manager.spacing[-2:]))
 
 
 def test_the_folder_goes_after_the_final_checkpoint(workspace: Workspace) -> None:

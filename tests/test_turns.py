@@ -11,7 +11,7 @@ from test_refinement import ball, dice, says
 from torch import Tensor
 
 from nnunetv2_cmems.method.label_space import LabelSpace
-from nnunetv2_cmems.method.turns import MeanOfViews, turned, turned_scan, weight_of
+from nnunetv2_cmems.method.turns import MeanOfViews, part_to_turn, turned, turned_scan, weight_of
 
 SQUARE = (1.5, 1.5)
 CPU = torch.device("cpu")
@@ -97,3 +97,58 @@ def test_what_a_view_does_not_show_it_says_nothing_about() -> None:
     (found,) = views.logits()
     decided = found.argmax(0)[0]
     assert decided[:, :18].all() and decided[:, 42:].all() and not decided[:, 24:36].any()
+
+
+def test_a_view_of_a_part_says_nothing_about_the_rest() -> None:
+    """It is turned about its own middle."""
+    truth = ball(12)
+    here = slice(2, 30), slice(4, 30)
+    views = MeanOfViews(CLASSES, SQUARE, CPU)
+    first = CLASSES.logits(says(truth.roll(9, 1), CLASSES, 0.9)[None])[0].half()
+    views.add([first], 0.0, 0.2)
+    seen = turned_scan(says(truth, CLASSES, 0.9)[(..., *here)], 60, SQUARE).clamp(1e-3, 1 - 1e-3)
+    views.add([CLASSES.logits(seen[None])[0].half()], 60, 0.9, here)
+    (found,) = views.logits()
+    part = CLASSES.probabilities(found[None])[0][(..., *here)]
+    assert min(dice(part, truth[(..., *here)], CLASSES)) > 0.85
+    rest = torch.ones(truth.shape[-2:], dtype=torch.bool)
+    rest[here] = False
+    said, alone = (CLASSES.probabilities(logits[None])[0] for logits in (found, first))
+    assert rest.any() and torch.allclose(said[..., rest], alone[..., rest], atol=2e-3)
+
+
+def organs(y: slice, x: slice, shape: tuple[int, int, int] = (3, 200, 160)) -> Tensor:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[1, y, x] = True
+    return mask
+
+
+@pytest.mark.parametrize("degrees", [0.0, 30.0, -60.0, 90.0, 180.0])
+@pytest.mark.parametrize("spacing", [(1.5, 1.5), (2.0, 1.0)], ids=["squares", "oblongs"])
+def test_the_turned_part_shows_the_organs(degrees: float, spacing: tuple[float, float]) -> None:
+    mask = organs(slice(80, 140), slice(60, 90))
+    part = part_to_turn(mask, degrees, spacing, (32, 32))
+    sides = [here.stop - here.start for here in part]
+    assert sides[0] < 200 and sides[1] < 160 and mask[(1, *part)].sum() == mask.sum()
+    shown = turned(mask[(slice(1, 2), *part)][None].float(), degrees, spacing)
+    assert shown.sum() == pytest.approx(60 * 30, rel=0.02), "nothing is turned out of it"
+    border = torch.ones_like(shown, dtype=torch.bool)
+    border[..., 3:-3, 3:-3] = False
+    assert not shown[border].any(), "and there is room"
+
+
+def test_the_turned_part_is_no_smaller_than_the_patch_and_lies_in_the_slices() -> None:
+    spot = organs(slice(0, 10), slice(150, 160))
+    assert part_to_turn(spot, 45, SQUARE, (64, 48)) == (slice(0, 64), slice(112, 160))
+    assert part_to_turn(spot, 45, SQUARE, (256, 48)) == (slice(0, 200), slice(112, 160)), "the patch is larger than the slices"
+    assert part_to_turn(organs(slice(0, 200), slice(0, 160)), 45, SQUARE, (64, 48)) == (slice(0, 200), slice(0, 160))
+    assert part_to_turn(organs(slice(0, 0), slice(0, 0)), 45, SQUARE, (64, 48)) == (slice(0, 200), slice(0, 160)), "no organ"
+
+
+def test_a_few_voxels_far_away_do_not_widen_it() -> None:
+    mask = organs(slice(80, 120), slice(60, 100))
+    alone = part_to_turn(mask, 60, SQUARE, (64, 64))
+    mask[2, 5:8, 5:8] = True
+    mask[2, 190:193, 150] = True
+    for here, there in zip(part_to_turn(mask, 60, SQUARE, (64, 64)), alone):
+        assert abs(here.start - there.start) <= 2 and abs(here.stop - there.stop) <= 2

@@ -147,7 +147,8 @@ def _competence(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stud
 
 
 def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study:
-    alone = {"atlases": 0, "places": False, "contacts": False, "shared_appearance": False, "outlines": False}
+    as_it_lies: dict[str, Any] = {"atlases": 0, "places": False, "turns": [], "turns_in_labels": []}
+    alone = {**as_it_lies, "contacts": False, "shared_appearance": False, "outlines": False}
     known: dict[Value, dict[str, Any]] = {
         "none": {"scan_labels": {"at": []}},
         "as predicted": {
@@ -157,8 +158,9 @@ def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stu
         "refined and grown": {"scan_labels": {**alone, "propagation": 0.0}},
         "with propagation": {"scan_labels": alone},
         "with outlines": {"scan_labels": {**alone, "outlines": True}},
-        "with contacts": {"scan_labels": {"atlases": 0, "places": False, "waists": False}},
-        "with waists": {"scan_labels": {"atlases": 0, "places": False}},
+        "with contacts": {"scan_labels": {**as_it_lies, "waists": False}},
+        "with waists": {"scan_labels": as_it_lies},
+        "seen turned": {"scan_labels": {"atlases": 0, "places": False}},
         "with places": {"scan_labels": {"atlases": 0}},
         "with atlases": {},
     }

@@ -16,7 +16,7 @@ from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.perturbations import rotation_planes
 from nnunetv2_cmems.method.propagation import agreement_in_scan, agreement_in_slices
 from nnunetv2_cmems.method.refinement import Refinement
-from nnunetv2_cmems.method.turns import MeanOfViews, turned_scan
+from nnunetv2_cmems.method.turns import MeanOfViews, part_to_turn, turned_scan
 from nnunetv2_cmems.trainers.distributed import unwrapped, without_talk
 from nnunetv2_cmems.trainers.faults import one_sentence, while_predicting
 from nnunetv2_cmems.trainers.heads import label_space
@@ -91,28 +91,42 @@ class Prediction(NamedTuple):
         in_slices: how well they agree on each organ in each slice, (F, Z), see
             :func:`~nnunetv2_cmems.method.propagation.agreement_in_slices`; None: it was not asked for, or there is one member.
         in_scan: likewise on the whole scan, see :func:`~nnunetv2_cmems.method.propagation.agreement_in_scan`.
+        shown: (Z, Y, X) voxels of each view that each member has been shown.
     """
 
     logits: Tensor
     in_slices: Tensor | None = None
     in_scan: float | None = None
+    shown: tuple[tuple[int, ...], ...] = ()
 
 
-def predict_turned(predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace, turns: Sequence[float]) -> Iterator[Tensor]:
+def predict_turned(
+    predictor: nnUNetPredictor, input_image: Tensor, space: LabelSpace, turns: Sequence[float], shown: list[tuple[int, ...]] | None = None
+) -> Iterator[Tensor]:
     """As :func:`predict_members`, the mean over the scan as it is and turned by so many degrees, see :mod:`nnunetv2_cmems.method.turns`.
 
-    Without ``turns``, and where there is one network, whose agreement is not known, only as it is.
+    Of the turned scan only the surroundings are shown of what a member takes for an organ in the scan as it is. Without ``turns``, and
+    where there is one network, whose agreement is not known, the scan is only shown as it is. To ``shown`` the (Z, Y, X) voxels of each
+    view are added.
     """
+    shown = [] if shown is None else shown
+    shown.append(tuple(input_image.shape[1:]))
     network = unwrapped(predictor.network)
     if not turns or not isinstance(network, MutualNetworks) or len(network.members) == 1:
         yield from predict_members(predictor, input_image)
         return
-    spacing = predictor.configuration_manager.spacing[-2:]
-    views = MeanOfViews(space, spacing, predictor.device)
+    spacing, patch = predictor.configuration_manager.spacing[-2:], predictor.configuration_manager.patch_size[-2:]
+    views, organs = MeanOfViews(space, spacing, predictor.device), None
     for degrees in (0.0, *turns):
-        view = turned_scan(input_image, degrees, spacing) if degrees else input_image
+        part = None if organs is None else part_to_turn(organs, degrees, spacing, patch)
+        view = input_image if part is None else turned_scan(input_image[(..., *part)], degrees, spacing)
         logits = list(predict_members(predictor, view))
-        views.add(logits, degrees, agreement_in_scan([_decided(member, space)[None] for member in logits], space))
+        decided = [_decided(member, space)[None] for member in logits]
+        views.add(logits, degrees, agreement_in_scan(decided, space), part)
+        if organs is None:
+            organs = (torch.cat(decided).flatten(0, -4) > 0).any(0)
+        else:
+            shown.append(tuple(view.shape[1:]))
     yield from views.logits()
 
 
@@ -129,19 +143,21 @@ def predict_with_agreement(
     """:func:`predict_like_folds`, and how well the members agree: in each slice, on the whole scan, or both; with ``turns`` the mean of
     :func:`predict_turned`."""
     decisions: list[Tensor] = []
+    shown: list[tuple[int, ...]] = []
 
     def noted() -> Iterator[Tensor]:
-        for logits in predict_turned(predictor, input_image, space, turns):
+        for logits in predict_turned(predictor, input_image, space, turns, shown):
             decisions.append(_decided(logits, space))
             yield logits
 
     mean = _mean(noted()).cpu()
     if len(decisions) == 1:
-        return Prediction(mean)
+        return Prediction(mean, shown=tuple(shown))
     return Prediction(
         mean,
         agreement_in_slices(decisions, space) if in_slices else None,
         agreement_in_scan([labels[None] for labels in decisions], space) if in_scan else None,
+        tuple(shown),
     )
 
 
@@ -165,7 +181,7 @@ def predict_for(
     the scan is seen turned as this rule says."""
     propagates, turns = rule.propagates(planar), rule.config.turns if turned else ()
     if not (propagates or registered or turns):
-        return Prediction(predict_like_folds(predictor, input_image).cpu())
+        return Prediction(predict_like_folds(predictor, input_image).cpu(), shown=(tuple(input_image.shape[1:]),))
     return predict_with_agreement(predictor, input_image, space, in_slices=propagates, in_scan=registered, turns=turns)
 
 

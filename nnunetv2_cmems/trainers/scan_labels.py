@@ -45,7 +45,7 @@ from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
 from nnunetv2_cmems.method.refinement import Refinement, alike_apart, in_one_piece
 from nnunetv2_cmems.trainers import distributed, resume
-from nnunetv2_cmems.trainers.prediction import is_planar, predict_for, predict_like_folds, predicting
+from nnunetv2_cmems.trainers.prediction import Prediction, is_planar, predict_for, predict_like_folds, predicting
 
 FOLDER = "scan_labels"
 """In the fold's folder."""
@@ -115,11 +115,12 @@ class ScanLabels:
         alike = alike_apart(shown, contacts, self._space) if contacts and self._config.shared_appearance else ()
         if contacts and not self._config.waists:
             contacts = dataclasses.replace(contacts, waists=(0.0,) * len(contacts.waists))
-        self.refinement = Refinement(self._config, single, share, places, outlines, grows, reach)
+        turned = self._planar and trainer.config.num_members > 1 and one_slice_a_case(trainer.exemplars)
+        turns, turns_in_labels = (self._config.turns, self._config.turns_in_labels) if turned else ((), ())
+        rule = dataclasses.replace(self._config, turns=turns_in_labels)
+        self.refinement = Refinement(rule, single, share, places, outlines, grows, reach)
         # what networks say at the end of a training is more exact than what they say in its midst; and those that have learned from a whole
         # volume know more than one slice's shape
-        turned = self._planar and trainer.config.num_members > 1 and one_slice_a_case(trainer.exemplars)
-        turns = self._config.turns if turned else ()
         finer = dataclasses.replace(self._config, smoothing=self._config.smoothing / 2, turns=turns)
         # what labels lack, or have too much of, networks would learn, and round by round it would become more
         self.prediction_refinement = dataclasses.replace(
@@ -221,16 +222,19 @@ class ScanLabels:
         patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
         registered = self.files.cases(0) if self.atlases else set()
 
-        def label(prediction: tuple[str, Tensor, Tensor | None, Tensor]) -> tuple[str, np.ndarray]:
-            case, logits, agreement, image = prediction
-            return case, self._labels_of(logits, image, agreement, self.files.whole(case, 0) if case in registered else None)
+        windows: list[int] = []
+
+        def label(predicted: tuple[str, Prediction, Tensor]) -> tuple[str, np.ndarray]:
+            case, prediction, image = predicted
+            windows.extend(count_windows(shape, patch) for shape in prediction.shown)
+            known = self.files.whole(case, 0) if case in registered else None
+            return case, self._labels_of(prediction.logits, image, prediction.in_slices, known)
 
         mine = _of_this_process(trainer, self._cases)
         with predicting(trainer, mirroring=False) as predictor:
             predicted = (self._predict(case, predictor) for case in mine)
             self._write(trainer, begin, len(mine), predicted, label, "Labelling whole unlabelled scans")
-        windows = sum(count_windows(open_image(case, dataset).shape[1:], patch) for case, dataset in self._cases.items())
-        trainer.history.add({"scan_label_passes": members * windows}, trainer.current_epoch)
+        trainer.history.add({"scan_label_passes": members * sum(distributed.gathered(windows))}, trainer.current_epoch)
 
     def _write(
         self,
@@ -297,11 +301,10 @@ class ScanLabels:
         return everywhere
 
     @torch.inference_mode()
-    def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Tensor, Tensor | None, Tensor]:
-        """The case, the mean of the members' logits (heads, Z, Y, X), how well they agree (F, Z), and the image (C, Z, Y, X)."""
+    def _predict(self, case: str, predictor: nnUNetPredictor) -> tuple[str, Prediction, Tensor]:
+        """The case, what the members say about it, and the image (C, Z, Y, X)."""
         image = torch.from_numpy(read_image(case, self._cases[case]))
-        prediction = predict_for(self.refinement, predictor, image, self._space, self._planar)
-        return case, prediction.logits, prediction.in_slices, image
+        return case, predict_for(self.refinement, predictor, image, self._space, self._planar, turned=True), image
 
     @torch.inference_mode()
     def _labels_of(self, logits: Tensor, image: Tensor, agreement: Tensor | None = None, known: np.ndarray | None = None) -> np.ndarray:
@@ -498,6 +501,12 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
         trainer.print_to_log_file(
             f"Round in every annotated slice, and so drawn along their outlines in other scans: {', '.join(names)}; for what may have any "
             "shape, such as lesions, switch off 'scan_labels.outlines'."
+        )
+    if made is not None and made.refinement.config.turns:
+        trainer.print_to_log_file(
+            f"Members that label scans see them turned, too, by {', '.join(f'{degrees:g}' for degrees in made.refinement.config.turns)} "
+            "degrees: one slice does not tell how they lie; where all scans lie alike, and organs differ by their side only, switch off "
+            "'scan_labels.turns_in_labels'."
         )
     if made is not None and config.refine_predictions:
         _tell_of_predictions(trainer, made.prediction_refinement)
