@@ -307,7 +307,8 @@ class CMEMSConfig:
             lose small pieces, grow (not where a volume is annotated as a whole), have round organs drawn along their outlines, and lose
             organs where they touch what they never touch, or have a waist, as ``places``, ``propagation``, ``turns``, ``appearance``,
             ``shared_appearance``, ``smoothing``, ``largest_piece``, ``growth``, ``outlines``, ``contacts``, ``waists`` and
-            ``atlases_in_predictions`` of ``scan_labels`` say; where a training makes no labels of whole scans, its predictions are not refined.
+            ``atlases_in_predictions`` of ``scan_labels`` say; where a training makes no labels of whole scans, its predictions are not
+            refined.
         scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.
         best_checkpoint: what ``checkpoint_best.pth`` follows: ``"agreement"`` of the members on
             unlabelled images, which needs no label, or nnU-Net's own ``"validation_dice"``.
