@@ -127,13 +127,13 @@ def organs(y: slice, x: slice, shape: tuple[int, int, int] = (3, 200, 160)) -> T
 @pytest.mark.parametrize("spacing", [(1.5, 1.5), (2.0, 1.0)], ids=["squares", "oblongs"])
 def test_the_turned_part_shows_the_organs(degrees: float, spacing: tuple[float, float]) -> None:
     mask = organs(slice(80, 140), slice(60, 90))
-    part = part_to_turn(mask, degrees, spacing, (32, 32))
+    part = part_to_turn(mask, degrees, spacing, (64, 64))
     sides = [here.stop - here.start for here in part]
     assert sides[0] < 200 and sides[1] < 160 and mask[(1, *part)].sum() == mask.sum()
     shown = turned(mask[(slice(1, 2), *part)][None].float(), degrees, spacing)
     assert shown.sum() == pytest.approx(60 * 30, rel=0.02), "nothing is turned out of it"
     border = torch.ones_like(shown, dtype=torch.bool)
-    border[..., 3:-3, 3:-3] = False
+    border[..., 1:-1, 1:-1] = False
     assert not shown[border].any(), "and there is room"
 
 

@@ -21,8 +21,8 @@ EMPHASIS = 4.0
 """Exponent of one over the members' disagreement about a view."""
 
 _LEAST_DISAGREEMENT = 0.02
-_OUTLIERS = 0.01  # share of the organs' voxels, at either end of each axis, that may be mistakes far away
-_ROOM = 0.125  # around organs, in patches
+_OUTLIERS = 0.02  # share of the organs' voxels, at either end of each axis, that may be mistakes far away
+_ROOM = 0.0625  # around organs, in patches
 
 
 def turned(slices: Tensor, degrees: float, spacing: Sequence[float], *, outside: str = "border") -> Tensor:
