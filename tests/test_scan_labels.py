@@ -50,10 +50,10 @@ from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
 AS_PREDICTED = {
-    "at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False, "outlines": False,
-    "turns_in_labels": [],
+    "at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False, "outlines": False
 }  # fmt: skip
 ON: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
+TURNED = {"at": [0.5], "turns_in_labels": [-60, 60]}
 
 
 def folder(workspace: Workspace) -> Path:
@@ -133,7 +133,7 @@ def test_the_networks_passes_are_counted(
                 hook.remove()
 
     monkeypatch.setattr(rounds, "predicting", watched)
-    workspace.configure(**ON, log_hidden_accuracy=False)
+    workspace.configure(**{**ON, "scan_labels": TURNED}, log_hidden_accuracy=False)
     logged = logs(workspace.train(**prepare(workspace)))
     assert np.isnan(logged["scan_label_passes"][0]) and logged["scan_label_passes"][1] == sum(passes) > 0
 
@@ -759,16 +759,16 @@ def test_scans_that_are_not_seen_turned(workspace: Workspace, config: dict[str, 
         (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "case": TRAINING[0]}]}, True, True),
         (lambda workspace: {}, {"exemplar": [{"case": EXEMPLAR["case"]}]}, False, False),
         (lambda workspace: {}, {"exemplar": [EXEMPLAR, {**EXEMPLAR, "slice": EXEMPLAR["slice"] + 1}]}, False, False),
-        (lambda workspace: {}, {"scan_labels": {"at": [0.5], "turns": []}}, False, True),
-        (lambda workspace: {}, {"scan_labels": {"at": [0.5], "turns_in_labels": []}}, True, False),
+        (lambda workspace: {}, {"scan_labels": {**TURNED, "turns": []}}, False, True),
+        (lambda workspace: {}, {"scan_labels": {"at": [0.5]}}, True, False),
         (lambda workspace: {}, {"num_members": 1}, False, False),
     ],
-    ids=["a slice", "thick slices", "slices of two cases", "a volume", "two slices of a case", "off", "not in labels", "one member"],
+    ids=["a slice", "thick slices", "slices of two cases", "a volume", "two slices of a case", "only labels", "defaults", "one member"],
 )
 def test_one_slice_does_not_tell_how_scans_lie(
     workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], config: dict[str, Any], predictions: bool, labels: bool
 ) -> None:
-    workspace.configure(**{**ON, **config})
+    workspace.configure(**{**ON, "scan_labels": TURNED, **config})
     trainer = workspace.make(**prepare(workspace))
     trainer.initialize()
     trainer.get_dataloaders()
@@ -781,7 +781,7 @@ def test_one_slice_does_not_tell_how_scans_lie(
 
 def test_scans_of_cubic_voxels_are_not_turned(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "is_planar", lambda spacing: False)
-    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "in_space": True}})
+    workspace.configure(**{**ON, "scan_labels": {**TURNED, "in_space": True}})
     trainer = workspace.make(**in_three_dimensions(workspace))
     trainer.initialize()
     trainer.get_dataloaders()

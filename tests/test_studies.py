@@ -76,8 +76,7 @@ def test_values_of_the_studies(grid: Grid) -> None:
     assert [config.contacts for config in labelled.values()] == [True, *[False] * 5, *[True] * 5]
     assert [config.shared_appearance for config in labelled.values()] == [True, *[False] * 5, *[True] * 5]
     assert [config.contacts and config.waists for config in labelled.values()] == [True, *[False] * 6, *[True] * 4]
-    for turns in ([config.turns for config in labelled.values()], [config.turns_in_labels for config in labelled.values()]):
-        assert [bool(degrees) for degrees in turns] == [True, *[False] * 7, *[True] * 3]
+    assert [bool(config.turns) for config in labelled.values()] == [True, *[False] * 7, *[True] * 3]
     assert [config.places for config in labelled.values()] == [True, *[False] * 8, *[True] * 2]
     assert [config.atlases > 0 for config in labelled.values()] == [True, *[False] * 9, True]
     assert {value: config.competence for value, config in configs(make_study("competence", grid)).items()} == {"off": False, "on": True}

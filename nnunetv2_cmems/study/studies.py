@@ -147,7 +147,7 @@ def _competence(grid: Grid, values: Sequence[str] | None, _: int | None) -> Stud
 
 
 def _scan_labels(grid: Grid, values: Sequence[str] | None, _: int | None) -> Study:
-    as_it_lies: dict[str, Any] = {"atlases": 0, "places": False, "turns": [], "turns_in_labels": []}
+    as_it_lies: dict[str, Any] = {"atlases": 0, "places": False, "turns": []}
     alone = {**as_it_lies, "contacts": False, "shared_appearance": False, "outlines": False}
     known: dict[Value, dict[str, Any]] = {
         "none": {"scan_labels": {"at": []}},
