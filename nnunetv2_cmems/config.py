@@ -212,7 +212,7 @@ class ScanLabelsConfig:
             annotated images, or background, if it lies within others there. For 2D configurations and thick slices; to be switched off
             for what may lie anywhere, such as lesions.
         waists: likewise, where ``contacts`` is on, one that never touches some other one and has a waist, narrower than in the annotated
-            images: there it is two that hang together.
+            images: there it is two that hang together. Not where a volume is annotated as a whole, which shows where organs end.
         places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or
             several slices of one, are annotated, with two classes or more. To be switched off for what may lie anywhere, such as lesions.
         atlases: so many wholly annotated volumes, chosen at random, are registered onto each scan before the first step, and their labels

@@ -343,6 +343,16 @@ def test_outlines_are_learned_from_every_slice_of_a_volume(workspace: Workspace,
     assert len(some) == 2 < len(given) and all(any(np.array_equal(label[0].numpy(), one) for one in given) for _, label in some)
 
 
+@pytest.mark.parametrize("exemplar", [EXEMPLAR, {"case": EXEMPLAR["case"]}], ids=["a slice", "a volume"])
+def test_a_whole_volume_shows_where_organs_end(workspace: Workspace, exemplar: dict[str, Any]) -> None:
+    workspace.configure(**{**ON, "exemplar": [exemplar], "scan_labels": {"at": [0.5], "atlases": 0}})
+    trainer = workspace.make()
+    trainer.initialize()
+    trainer.get_dataloaders()
+    found = trainer._scan_labels.prediction_refinement.contacts
+    assert found is not None and any(found.waists) == (exemplar is EXEMPLAR)
+
+
 @pytest.mark.parametrize(
     ("prepare", "config", "contacts", "waists", "alike"),
     [
