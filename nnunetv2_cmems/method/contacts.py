@@ -8,6 +8,7 @@ outflow tract). Where organs end cannot be learned from one slice; that this can
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,9 +58,9 @@ class Contacts:
     waists: tuple[float, ...]
 
     @classmethod
-    def of(cls, labels: Sequence[np.ndarray], space: LabelSpace) -> Contacts | None:
+    def of(cls, labels: Sequence[np.ndarray], space: LabelSpace, *, waists: bool = True) -> Contacts | None:
         """From annotated slices or volumes, label maps negative where nothing is annotated; None where they say nothing. Regions overlap,
-        so they have no contacts."""
+        so they have no contacts. ``waists``: whether these count; of volumes they are not known."""
         if isinstance(space, Regions) or not labels:
             return None
         count = len(space.names)
@@ -72,9 +73,9 @@ class Contacts:
         enclosed = (borders[1:] > 0) & (counts[1:, 0] <= STRAY * borders[1:])
         if not (apart.any() or enclosed.any()):
             return None
-        free = apart.any(1) & ~enclosed & all(label.ndim == 2 for label in labels)
-        waists = [min(waist(label == k + 1) for label in labels) if free[k] else 0.0 for k in range(count)]
-        return cls(tuple(map(tuple, apart.tolist())), tuple(enclosed.tolist()), tuple(waists))
+        free = apart.any(1) & ~enclosed & (waists and all(label.ndim == 2 for label in labels))
+        narrowest = tuple(min(waist(label == k + 1) for label in labels) if free[k] else 0.0 for k in range(count))
+        return cls(tuple(map(tuple, apart.tolist())), tuple(enclosed.tolist()), narrowest)
 
     def numbers(self) -> list[float]:
         """F times F whether they are apart, and on the diagonal the waists; F times whether it is enclosed."""
@@ -103,14 +104,18 @@ class Contacts:
             counts = [_contacts(part, len(self.enclosed)) for part in whole]
             for k in (k for k, one in enumerate(self.enclosed) if one == enclosed and (one or any(self.apart[k]))):
                 rows = [z for z, part in enumerate(whole) if (part == k + 1).any()]
-                wrong = [self._cannot_be(k, whole[z], counts[z]) for z in rows]
-                if all(wrong):
+                first = self._cannot_be_first(k, whole, counts, rows)
+                if first == len(rows):
                     continue
+                last = self._cannot_be_first(k, whole, counts, rows[::-1])
                 most = math.ceil(MOST_LOST * len(rows))
-                first, last = min(most, wrong.index(False)), min(most, wrong[::-1].index(False))
-                for z in rows[:first] + rows[len(rows) - last :]:
+                for z in rows[: min(most, first)] + rows[len(rows) - min(most, last) :]:
                     kept[z][labels[z] == k + 1] = 0
         return kept
+
+    def _cannot_be_first(self, k: int, whole: np.ndarray, counts: Sequence[np.ndarray], order: Sequence[int]) -> int:
+        """How many slices, the first ones in this order, cannot show a class. What comes after one that may is not looked at."""
+        return sum(1 for _ in itertools.takewhile(lambda z: self._cannot_be(k, whole[z], counts[z]), order))
 
     def _cannot_be(self, k: int, part: np.ndarray, counts: np.ndarray) -> bool:
         borders = counts.sum(1)

@@ -111,10 +111,10 @@ class ScanLabels:
         open_ = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
         grows = ends_at_edges(shown, reach, open_, self._space, self._planar) if reach else open_
         share = 1.0 if volumes else SHARE_OF_A_SLICE
-        contacts = Contacts.of([label[0].numpy() if self._planar else label.numpy() for _, label in shown], self._space)
+        waists = self._config.waists and not volumes  # a whole volume shows where organs end
+        drawn = [label[0].numpy() if self._planar else label.numpy() for _, label in shown]
+        contacts = Contacts.of(drawn, self._space, waists=waists)
         alike = alike_apart(shown, contacts, self._space) if contacts and self._config.shared_appearance else ()
-        if contacts and (volumes or not self._config.waists):  # a whole volume shows where organs end
-            contacts = dataclasses.replace(contacts, waists=(0.0,) * len(contacts.waists))
         turned = self._planar and trainer.config.num_members > 1 and one_slice_a_case(trainer.exemplars)
         turns, turns_in_labels = (self._config.turns, self._config.turns_in_labels) if turned else ((), ())
         rule = dataclasses.replace(self._config, turns=turns_in_labels)
