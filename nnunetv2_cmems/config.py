@@ -206,6 +206,8 @@ class ScanLabelsConfig:
             may show one of two organs.
         outlines: what every annotated slice shows as a convex disc gets a smooth outline along the edges of the scan, slice by slice; in
             predictions it may lie far from what is drawn, over what looks like the organ. For 2D configurations and thick slices.
+        levels: in predictions, where ``outlines`` is on, what every annotated slice shows as a convex disc within another organ ends at the
+            grey value, between the two organs' ones, at which it does there.
         shared_appearance: in predictions classes that never touch and have about the same grey values in the annotated images, as blood in
             two ventricles, have about the same ones in each scan, too.
         contacts: from predictions an organ is removed in slices at the ends of its row in which it touches one that it never touches in the
@@ -234,6 +236,7 @@ class ScanLabelsConfig:
     growth: float = _between(0.0, 1.0, 0.07)
     largest_piece: bool = True
     outlines: bool = True
+    levels: bool = True
     shared_appearance: bool = True
     contacts: bool = True
     waists: bool = True
@@ -306,7 +309,7 @@ class CMEMSConfig:
         refine_predictions: predictions of whole scans keep organs to their places, follow the most certain slices and the grey values,
             lose small pieces, grow (not where a volume is annotated as a whole), have round organs drawn along their outlines, and lose
             organs where they touch what they never touch, or have a waist, as ``places``, ``propagation``, ``turns``, ``appearance``,
-            ``shared_appearance``, ``smoothing``, ``largest_piece``, ``growth``, ``outlines``, ``contacts``, ``waists`` and
+            ``shared_appearance``, ``smoothing``, ``largest_piece``, ``growth``, ``outlines``, ``levels``, ``contacts``, ``waists`` and
             ``atlases_in_predictions`` of ``scan_labels`` say; where a training makes no labels of whole scans, its predictions are not
             refined.
         scan_labels: labels of whole unlabelled scans, in place of the other members' momentary prediction.

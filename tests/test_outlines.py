@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
@@ -59,6 +62,29 @@ def known(space: LabelSpace) -> Outlines:
     return found
 
 
+LEVEL = 0.3
+
+
+def annotated_at_a_level(cavity: float, outer: float, levels: tuple[float, ...] = (1.0, 1.5, 0.0, 1.5)) -> tuple[Tensor, Tensor]:
+    """Labels (Y, X) and a scan (1, 1, Y, X) that is blurred; the cavity is annotated up to where it has :data:`LEVEL` of its contrast."""
+    truth = heart(cavity, outer, crescent=False)
+    blurred = ndimage.gaussian_filter((truth == 1).numpy().astype(np.float32), 1.2)
+    label = torch.where((torch.from_numpy(blurred) > LEVEL) & (truth > 0), 1, truth).to(torch.int8)
+    grey = scan(truth, levels)[0] + (levels[1] - levels[2]) * torch.from_numpy(blurred - (truth == 1).numpy())
+    return label, grey[None, None].float()
+
+
+def leveled(space: LabelSpace) -> Outlines:
+    label, image = annotated_at_a_level(8, 13)
+    found = Outlines.of([label.numpy()], space, [image[0, 0].numpy()])
+    assert found is not None
+    return found
+
+
+def cavity(labels: Tensor, space: LabelSpace) -> Tensor:
+    return labels == 1 if space is CLASSES else labels[1] > 0
+
+
 def wall(labels: Tensor, space: LabelSpace) -> Tensor:
     return labels == 2 if space is CLASSES else (labels[0] > 0) & (labels[1] == 0)
 
@@ -86,8 +112,10 @@ def test_what_is_not_annotated_is_no_background() -> None:
 
 @SPACES
 def test_numbers(space: LabelSpace) -> None:
-    assert Outlines.from_numbers(known(space).numbers()) == known(space)
-    assert len(known(space).numbers()) == len(space.names) * (len(space.names) + 2)
+    for found in (known(space), leveled(space)):
+        assert Outlines.from_numbers(found.numbers()) == found
+        assert len(found.numbers()) == len(space.names) * (len(space.names) + 2)
+    assert known(space).level == (0.0,) * len(space.names), "older checkpoints know of none"
 
 
 @SPACES
@@ -117,8 +145,8 @@ def test_what_lies_within_becomes_its_hull(space: LabelSpace) -> None:
     notched = truth.clone()
     notched[29:32, 42:47] = 2  # a papillary muscle
     after = known(space).drawn(heads(notched[None], space), scan(truth[None]), space)
-    cavity = after == 1 if space is CLASSES else after[1] > 0
-    assert dice(cavity[0], truth == 1) > dice(notched == 1, truth == 1) + 0.02 and dice(cavity[0], truth == 1) > 0.98
+    found = cavity(after, space)[0]
+    assert dice(found, truth == 1) > dice(notched == 1, truth == 1) + 0.02 and dice(found, truth == 1) > 0.98
 
 
 def test_neighbours_keep_what_they_have() -> None:
@@ -158,7 +186,7 @@ def test_without_edges_nothing_moves() -> None:
 
 def test_the_resolution_does_not_count() -> None:
     truth, drawn = heart(7, 14, crescent=False), heart(7, 11, crescent=False)
-    fine = Outlines(tuple(2 * radius for radius in known(CLASSES).radius), known(CLASSES).open, known(CLASSES).enclosed)
+    fine = dataclasses.replace(known(CLASSES), radius=tuple(2 * radius for radius in known(CLASSES).radius))
     twice = [label.repeat_interleave(2, 0).repeat_interleave(2, 1)[None] for label in (drawn, truth)]
     after = fine.drawn(twice[0], scan(twice[1]), CLASSES)
     assert dice(after == 2, twice[1] == 2) > 0.93
@@ -247,6 +275,72 @@ def test_in_predictions_a_wall_goes_on_as_far_as_it_looks_like_wall() -> None:
     other = torch.where((truth == 2) & (drawn != 2), 3, truth)
     stays, _ = known(CLASSES).traced(drawn, scan(other, (1.0, 1.5, 0.0, 0.35)), CLASSES)
     assert dice(stays == 2, drawn == 2) > 0.9
+
+
+# ------------------------------------------------------------------ levels of what lies within
+
+
+@SPACES
+def test_the_level_of_an_annotated_border(space: LabelSpace) -> None:
+    """It is where the annotation runs, between both organs' grey values, whatever these are; of what is enclosed alone."""
+    inner = 0 if space is CLASSES else 1
+    for levels in ((1.0, 1.5, 0.0, 1.5), (1.0, -40.0, 60.0, 1.5)):
+        label, image = annotated_at_a_level(8, 13, levels)
+        found = Outlines.of([label.numpy()], space, [image[0, 0].numpy()])
+        assert found is not None and found.level[inner] == pytest.approx(LEVEL, abs=0.07)
+        assert [level > 0 for level in found.level] == [k == inner for k in range(len(space.names))]
+
+
+def test_no_level() -> None:
+    label, image = annotated_at_a_level(8, 13)
+    for flat in (torch.zeros(SHAPE), scan(label, (1.0, 0.5, 0.5, 0.5), noise=1.0)[0]):
+        found = Outlines.of([label.numpy()], CLASSES, [flat.numpy()])
+        assert found is not None and not any(found.level), "there is no edge"
+    wall_alone = torch.where(label == 1, -1, label)
+    found = Outlines.of([wall_alone.numpy()], CLASSES, [image[0, 0].numpy()])
+    assert found is None or not any(found.level), "nothing lies within"
+
+
+@SPACES
+@pytest.mark.parametrize("levels", [(1.0, 1.5, 0.0, 1.5), (1.0, -40.0, 60.0, 1.5)], ids=["bright", "dark"])
+def test_in_predictions_what_lies_within_ends_at_its_level(space: LabelSpace, levels: tuple[float, ...]) -> None:
+    """A cavity that is drawn a pixel too small gets what is beyond the level of its border, and its wall loses that."""
+    truth, image = annotated_at_a_level(6, 12, levels)
+    small = torch.where((truth == 1) & ~disc(6), 2, truth)
+    before = heads(small[None], space)
+    after, borders = leveled(space).traced(before, image, space)
+    assert dice(cavity(before, space)[0], truth == 1) < 0.92 and dice(cavity(after, space)[0], truth == 1) > 0.96
+    assert dice(wall(after, space)[0], truth == 2) > dice(wall(before, space)[0], truth == 2)
+    assert {border.organs for border in borders} == ({(1, 0), (0,)} if space is CLASSES else {(0,), (1,)})
+    for unlevelled in (leveled(space).drawn(before, image, space), known(space).traced(before, image, space)[0]):
+        assert torch.equal(cavity(unlevelled, space), cavity(before, space)), "neither labels do so, nor what has no level"
+
+
+@SPACES
+def test_the_level_is_no_line_between_voxels(space: LabelSpace) -> None:
+    """Where an export makes voxels smaller, the border is where the image has the level."""
+    truth, image = annotated_at_a_level(6, 12)
+    said = heads(torch.where((truth == 1) & ~disc(6), 2, truth)[None], space)
+    logits = space.logits(0.9 * space.certain(said[None].long()) + 0.02)[0]
+    after = dataclasses.replace(rule(space), outlines=leveled(space)).logits(logits, image, space, True)
+    decided = space.decide(space.probabilities(after[None]), 0.0).labels[0].to(torch.int8)
+    assert torch.equal(decided, leveled(space).traced(said, image, space)[0]), "no voxel is decided otherwise"
+    fine = functional.interpolate(after.transpose(0, 1), scale_factor=8, mode="bilinear").transpose(0, 1)
+    found = cavity(space.decide(space.probabilities(fine[None]), 0.0).labels[0], space)[0]
+    grey = functional.interpolate(image, scale_factor=8, mode="bilinear")[0, 0]
+    ring = found & ~torch.from_numpy(ndimage.binary_erosion(found.numpy()))
+    assert grey[ring].mean() / 1.5 == pytest.approx(leveled(space).level[0 if space is CLASSES else 1], abs=0.08)
+
+
+def test_without_an_edge_no_level_counts() -> None:
+    truth, image = annotated_at_a_level(6, 12)
+    before = torch.where((truth == 1) & ~disc(6), 2, truth)[None]
+    noise = scan(truth[None], (1.0, 0.0, 0.0, 0.0), noise=0.5)
+    after, borders = leveled(CLASSES).traced(before, noise, CLASSES)
+    assert torch.equal(after == 1, before == 1) and all(border.organs == (1, 0) for border in borders)
+    little = torch.where(disc(1.5), 1, torch.where(before == 1, 2, before)).to(torch.int8)
+    after, _ = leveled(CLASSES).traced(little, image, CLASSES)
+    assert torch.equal(after == 1, little == 1), "too few pixels have no grey value of their own"
 
 
 def test_a_path_that_no_ray_allows() -> None:

@@ -313,8 +313,8 @@ def test_labels_have_outlines(
     expected: bool,
 ) -> None:
     """They come last. What they look like is learned from the annotated slice, as it lies in the preprocessed scan."""
-    drawing, given = Drawing(), []
-    monkeypatch.setattr(rounds.Outlines, "of", lambda labels, space: (given.extend(labels), drawing)[1])
+    drawing, given, greys_given = Drawing(), [], []
+    monkeypatch.setattr(rounds.Outlines, "of", lambda labels, space, greys: (given.extend(labels), greys_given.extend(greys), drawing)[2])
     workspace.configure(**{**ON, "refine_predictions": False, "scan_labels": {**AS_PREDICTED, "outlines": True, **config}})
     trainer = keeping_labels(workspace, prepare)
     labels = np.load(Path(trainer.output_folder) / "scan_labels" / "epoch_1" / f"{UNLABELLED[0]}.npy")
@@ -322,7 +322,8 @@ def test_labels_have_outlines(
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
     assert (f"drawn along their outlines in other scans: {trainer.label_space.names[1]};" in log) == expected
     if expected:
-        (label,) = given
+        (label,), (grey,) = given, greys_given
+        assert grey.shape == label.shape and grey[label > 0].std() > 0, "and its grey values"
         truth = workspace.label(EXEMPLAR["case"])[0, EXEMPLAR["slice"]]
         assert label.shape == truth.shape and (np.maximum(label, 0) != truth).sum() <= 0.1 * (truth > 0).sum(), "interpolated otherwise"
 
@@ -331,8 +332,8 @@ def test_labels_have_outlines(
 @pytest.mark.parametrize("deep", [False, True], ids=["2d", "3d"])
 def test_outlines_are_learned_from_every_slice_of_a_volume(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, deep: bool) -> None:
     """And where the volume is registered, nothing is drawn: registration tells the shape."""
-    drawing, given = Drawing(), []
-    monkeypatch.setattr(rounds.Outlines, "of", lambda labels, space: (given.extend(labels), drawing)[1])
+    drawing, given, greys_given = Drawing(), [], []
+    monkeypatch.setattr(rounds.Outlines, "of", lambda labels, space, greys: (given.extend(labels), greys_given.extend(greys), drawing)[2])
     workspace.configure(**{**WHOLE, "refine_predictions": False})
     trainer = workspace.train(**(in_three_dimensions(workspace) if deep else {}))
     shown = [label for label in workspace.label(EXEMPLAR["case"])[0] if label.any()]
@@ -354,16 +355,18 @@ def test_a_whole_volume_shows_where_organs_end(workspace: Workspace, exemplar: d
 
 
 @pytest.mark.parametrize(
-    ("prepare", "config", "contacts", "waists", "alike"),
+    ("prepare", "config", "contacts", "waists", "alike", "level"),
     [
-        (lambda workspace: {}, {}, True, True, True),
-        (in_three_dimensions, {}, True, True, True),
-        (lambda workspace: {}, {"contacts": False}, False, False, True),
-        (lambda workspace: {}, {"waists": False}, True, False, True),
-        (lambda workspace: {}, {"shared_appearance": False}, True, True, False),
-        (with_regions, {}, False, False, False),
+        (lambda workspace: {}, {}, True, True, True, True),
+        (in_three_dimensions, {}, True, True, True, True),
+        (lambda workspace: {}, {"contacts": False}, False, False, True, True),
+        (lambda workspace: {}, {"waists": False}, True, False, True, True),
+        (lambda workspace: {}, {"shared_appearance": False}, True, True, False, True),
+        (lambda workspace: {}, {"levels": False}, True, True, True, False),
+        (lambda workspace: {}, {"outlines": False}, True, True, True, False),
+        (with_regions, {}, False, False, False, False),
     ],
-    ids=["classes", "thick slices", "contacts off", "waists off", "grey values off", "regions"],
+    ids=["classes", "thick slices", "contacts off", "waists off", "grey values off", "levels off", "outlines off", "regions"],
 )
 def test_what_never_touches_and_what_is_alike(
     workspace: Workspace,
@@ -372,6 +375,7 @@ def test_what_never_touches_and_what_is_alike(
     contacts: bool,
     waists: bool,
     alike: bool,
+    level: bool,
 ) -> None:
     """They are learned from the annotated slice, and count in predictions alone: what labels lack networks would forget."""
     workspace.configure(**{**ON, "scan_labels": {"at": [0.5], **config}})
@@ -388,6 +392,9 @@ def test_what_never_touches_and_what_is_alike(
     assert ("so not in predictions: left cavity and right cavity, left cavity and background; organs" in log) == contacts
     assert ("than in the annotated images ('scan_labels.waists'): right cavity." in log) == waists
     assert ("('scan_labels.shared_appearance'): left cavity and right cavity." in log) == alike
+    outlines = rules.prediction_refinement.outlines
+    assert [one > 0 for one in (outlines.level if outlines else [0] * 3)] == [False, level, False]
+    assert ("annotated images ('scan_labels.levels'): left cavity (0." in log) == level
 
 
 @pytest.mark.parametrize(

@@ -68,17 +68,18 @@ def test_values_of_the_studies(grid: Grid) -> None:
     assert make_study("synthesis", grid).variants["without"] == plain_method(f"{OURS}_noSynthesis"), "which is an ablation already"
     assert list(make_study("tau", grid, ["0.6", "0.3"]).variants) == [0.3, 0.6]
     labelled = {value: config.scan_labels for value, config in configs(make_study("scan_labels", grid)).items()}
-    assert [bool(config.at) for config in labelled.values()] == [False, *[True] * 10]
-    assert [config.growth > 0 for config in labelled.values()] == [True, False, False, *[True] * 8]
-    assert [config.appearance > 0 for config in labelled.values()] == [True, False, *[True] * 9]
-    assert [config.propagation > 0 for config in labelled.values()] == [True, *[False] * 3, *[True] * 7]
-    assert [config.outlines for config in labelled.values()] == [True, *[False] * 4, *[True] * 6]
-    assert [config.contacts for config in labelled.values()] == [True, *[False] * 5, *[True] * 5]
-    assert [config.shared_appearance for config in labelled.values()] == [True, *[False] * 5, *[True] * 5]
-    assert [config.contacts and config.waists for config in labelled.values()] == [True, *[False] * 6, *[True] * 4]
-    assert [bool(config.turns) for config in labelled.values()] == [True, *[False] * 7, *[True] * 3]
-    assert [config.places for config in labelled.values()] == [True, *[False] * 8, *[True] * 2]
-    assert [config.atlases > 0 for config in labelled.values()] == [True, *[False] * 9, True]
+    assert [bool(config.at) for config in labelled.values()] == [False, *[True] * 11]
+    assert [config.growth > 0 for config in labelled.values()] == [True, False, False, *[True] * 9]
+    assert [config.appearance > 0 for config in labelled.values()] == [True, False, *[True] * 10]
+    assert [config.propagation > 0 for config in labelled.values()] == [True, *[False] * 3, *[True] * 8]
+    assert [config.outlines for config in labelled.values()] == [True, *[False] * 4, *[True] * 7]
+    assert [config.outlines and config.levels for config in labelled.values()] == [True, *[False] * 5, *[True] * 6]
+    assert [config.contacts for config in labelled.values()] == [True, *[False] * 6, *[True] * 5]
+    assert [config.shared_appearance for config in labelled.values()] == [True, *[False] * 6, *[True] * 5]
+    assert [config.contacts and config.waists for config in labelled.values()] == [True, *[False] * 7, *[True] * 4]
+    assert [bool(config.turns) for config in labelled.values()] == [True, *[False] * 8, *[True] * 3]
+    assert [config.places for config in labelled.values()] == [True, *[False] * 9, *[True] * 2]
+    assert [config.atlases > 0 for config in labelled.values()] == [True, *[False] * 10, True]
     assert {value: config.competence for value, config in configs(make_study("competence", grid)).items()} == {"off": False, "on": True}
 
 

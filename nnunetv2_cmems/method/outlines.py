@@ -8,6 +8,7 @@ curve, and the edges of the scan itself say where: an optimal path in polar coor
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ LEAST_OVERLAP_OVER_IT = 0.6
 
 FEWEST = 12
 """Pixels of a disc that has a shape."""
+
+CLEAR = 0.25
+"""How much grey values on both sides of a border differ, beside the two organs' medians, if they tell where it runs."""
+
+NOISY = 0.5
+"""Their deviation within the outer organ, likewise, above which they do not tell."""
 
 NEAR = 2.0
 """Distance from an outline, in voxels, up to which it says how sure a prediction is."""
@@ -83,15 +90,21 @@ class Outlines:
         open: whether the disc borders on background, mostly. The edge around what lies within another organ need not be where it is
             annotated (the papillary muscles of the heart): of that only the hull is taken.
         enclosed: the classes or regions within it, counted from 0 on.
+        level: of what is round and within others the grey value at which its border runs: 0 is the median of what is around it, 1 its own
+            one; 0 where that is not known, or does not count.
     """
 
     radius: tuple[float, ...]
     open: tuple[bool, ...]
     enclosed: tuple[tuple[int, ...], ...]
+    level: tuple[float, ...]
 
     @classmethod
-    def of(cls, labels: Sequence[np.ndarray], space: LabelSpace) -> Outlines | None:
-        """From annotated slices, label maps (Y, X), negative where nothing is annotated; None where nothing is round, or none is there."""
+    def of(cls, labels: Sequence[np.ndarray], space: LabelSpace, greys: Sequence[np.ndarray] = ()) -> Outlines | None:
+        """From annotated slices, label maps (Y, X), negative where nothing is annotated; None where nothing is round, or none is there.
+
+        ``greys``: their grey values (Y, X), the channels' mean; without these levels do not count.
+        """
         if not labels:
             return None
         shown = [np.stack(space.shown(label)) for label in labels]
@@ -103,7 +116,7 @@ class Outlines:
         enclosed = tuple(
             tuple(k for k in range(count) if whole[k] < whole[outer] and 2 * within[outer, k] > sizes[k]) for outer in range(count)
         )
-        radius, borders = [0.0] * count, [False] * count
+        radius, borders, level = [0.0] * count, [False] * count, [0.0] * count
         for k in range(count):
             where = [index for index, masks in enumerate(shown) if masks[k].sum() >= FEWEST]
             discs = [_union(shown[index], [k, *enclosed[k]]) for index in where]
@@ -111,19 +124,25 @@ class Outlines:
                 continue
             radius[k] = float(np.mean([math.sqrt(disc.sum() / math.pi) for disc in discs]))
             borders[k] = is_open(discs, [labels[index] for index in where])
-        return cls(tuple(radius), tuple(borders), enclosed) if any(radius) else None
+            outer = [other for other, inner in enumerate(enclosed) if k in inner]
+            if greys and outer and not borders[k]:
+                edges = [_edge(shown[index][k], _union(shown[index], outer) & ~shown[index][k], greys[index]) for index in where]
+                middles = [sum(edge.sides) / 2 for edge in edges if edge is not None]
+                level[k] = float(np.clip(np.mean(middles), 0, 1)) if middles else 0.0
+        return cls(tuple(radius), tuple(borders), enclosed, tuple(level)) if any(radius) else None
 
     def numbers(self) -> list[float]:
-        """F radii, F times whether it is open, F times F whether the second is enclosed in the first."""
-        within = [float(k in inner) for inner in self.enclosed for k in range(len(self.radius))]
-        return [*self.radius, *map(float, self.open), *within]
+        """F radii, F times whether it is open, F times F whether the second is enclosed in the first, and on the diagonal the levels."""
+        within = np.array([[float(k in inner) for k in range(len(self.radius))] for inner in self.enclosed]) + np.diag(self.level)
+        return [*self.radius, *map(float, self.open), *within.ravel().tolist()]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> Outlines:
-        """The inverse of :meth:`numbers`."""
+        """The inverse of :meth:`numbers`. Older checkpoints know of no levels: there the diagonal is 0."""
         count = math.isqrt(len(numbers) + 1) - 1
         radius, borders, *rows = (tuple(numbers[first : first + count]) for first in range(0, len(numbers), count))
-        return cls(radius, tuple(map(bool, borders)), tuple(tuple(k for k in range(count) if row[k]) for row in rows))
+        enclosed = tuple(tuple(k for k in range(count) if row[k] and k != outer) for outer, row in enumerate(rows))
+        return cls(radius, tuple(map(bool, borders)), enclosed, tuple(row[k] for k, row in enumerate(rows)))
 
     def drawn(self, labels: Tensor, image: Tensor, space: LabelSpace) -> Tensor:
         """Labels whose round organs have smooth outlines along edges, slice by slice. No random numbers are drawn.
@@ -147,6 +166,7 @@ class Outlines:
         """:meth:`drawn`, and its outlines along edges, with the voxels less than :data:`NEAR` from them that other organs do not keep.
 
         Here outlines go on, at less cost, over what looks like the organ: through a wall that is thicker than what is drawn, to its edge.
+        And what lies within others takes from these, one voxel far, what is beyond the level of its border; its hull is taken then.
         """
         found, curves = self._drawn(labels, image, space, True)
         borders = []
@@ -154,10 +174,27 @@ class Outlines:
             organs = k, *(() if isinstance(space, Regions) else self.enclosed[k])
             disc = _union(_masks(found, index, space), organs)
             distance = _distances(curve, disc.shape)
-            y, x = np.nonzero((np.abs(distance) < NEAR) & (disc == (distance > 0)))
-            place = torch.full((len(y),), index), torch.from_numpy(y), torch.from_numpy(x)
-            borders.append(Border(organs, place, torch.from_numpy(distance[y, x].astype(np.float32))))
+            borders.append(_border(index, organs, disc, distance, np.abs(distance) < NEAR))
+        for k, index in itertools.product(self._levelled, range(image.shape[1])):
+            masks = _masks(found, index, space)
+            edge = self._inner_edge(k, masks, image[:, index].mean(0).numpy())
+            if edge is not None:
+                distance = (edge.grey - self.level[k]) / (edge.sides[0] - edge.sides[1])  # these are a voxel apart
+                borders.append(_border(index, (k,), masks[k], distance, edge.inside | edge.outside))
         return found, borders
+
+    @property
+    def _levelled(self) -> list[int]:
+        """The classes or regions that have a level."""
+        return [k for k, level in enumerate(self.level) if level]
+
+    def _inner_edge(self, k: int, masks: np.ndarray, grey: np.ndarray) -> _Edge | None:
+        """The edge of what lies within others, of masks (F, Y, X)."""
+        return _edge(masks[k], _union(masks, self._outer(k)) & ~masks[k], grey)
+
+    def _outer(self, k: int) -> list[int]:
+        """What a class or region lies within."""
+        return [other for other, inner in enumerate(self.enclosed) if k in inner]
 
     def _drawn(
         self, labels: Tensor, image: Tensor, space: LabelSpace, over_it: bool
@@ -182,6 +219,13 @@ class Outlines:
         """Masks (F, Y, X) of a slice (Y, X), with new discs, and for those along edges their curves (A, 2); ``exclusive``: no pixel is in
         two; ``over_it``: outlines go on over what looks like the organ."""
         masks, curves = masks.copy(), {}
+        for k in self._levelled if over_it else ():
+            edge = self._inner_edge(k, masks, grey)
+            if edge is not None:
+                new = edge.outside & (edge.grey > self.level[k])
+                masks[k] |= new
+                if exclusive:
+                    masks[self._outer(k)] &= ~new
         as_drawn = [_union(masks, [k, *inner]) for k, inner in enumerate(self.enclosed)]
         fine = [disc.sum() >= FEWEST and _roundness(disc) >= NEARLY_ROUND for disc in as_drawn]
         for k in sorted(range(len(masks)), key=lambda k: len(self.enclosed[k])):
@@ -199,10 +243,10 @@ class Outlines:
                     continue
                 curves[k] = curve
             if exclusive:
-                around = [other for other, within in enumerate(self.enclosed) if k in within]
-                others = [other for other in range(len(masks)) if other not in (k, *inner, *around)]
+                outer = self._outer(k)
+                others = [other for other in range(len(masks)) if other not in (k, *inner, *outer)]
                 new &= disc | ~_union(masks, others)
-                masks[around] &= ~new
+                masks[outer] &= ~new
                 new &= ~core
             masks[k] = new
         return masks, curves
@@ -215,6 +259,41 @@ def _masks(labels: Tensor, index: int, space: LabelSpace) -> np.ndarray:
 
 def _union(masks: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
     return np.asarray(masks[list(chosen)].any(0))
+
+
+class _Edge(NamedTuple):
+    """Between an organ and what it lies within, in a slice.
+
+    Attributes:
+        grey: (Y, X) grey values in which 0 is the median of what is around, and 1 that of what is within.
+        inside, outside: (Y, X) bool, the pixels of each that have neighbours in the other one.
+        sides: mean grey values of these two.
+    """
+
+    grey: np.ndarray
+    inside: np.ndarray
+    outside: np.ndarray
+    sides: tuple[float, float]
+
+
+def _border(index: int, organs: tuple[int, ...], disc: np.ndarray, distance: np.ndarray, near: np.ndarray) -> Border:
+    """Of a slice's pixels that are ``near`` those on whose side of the outline they are drawn."""
+    y, x = np.nonzero(near & (disc == (distance > 0)))
+    place = torch.full((len(y),), index), torch.from_numpy(y), torch.from_numpy(x)
+    return Border(organs, place, torch.from_numpy(distance[y, x].astype(np.float32)))
+
+
+def _edge(inner: np.ndarray, around: np.ndarray, grey: np.ndarray) -> _Edge | None:
+    """Of masks and grey values (Y, X); None where there is too little of one organ, or no clear edge between them."""
+    if min(inner.sum(), around.sum()) < FEWEST:
+        return None
+    (low, deviation), high = _typical(grey[around]), np.median(grey[inner])
+    inside, outside = inner & ndimage.binary_dilation(around), around & ndimage.binary_dilation(inner)
+    if deviation >= NOISY * abs(high - low) or not inside.any():
+        return None
+    scaled = (grey - low) / (high - low)
+    sides = float(scaled[inside].mean()), float(scaled[outside].mean())
+    return _Edge(scaled, inside, outside, sides) if sides[0] - sides[1] >= CLEAR else None
 
 
 def _hull(mask: np.ndarray) -> np.ndarray:
@@ -258,9 +337,14 @@ def _like(own: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Which grey values are like the organ's own ones; none where these are few."""
     if len(own) < FEWEST:
         return np.zeros(others.shape, bool)
-    median = np.median(own)
-    deviation = _DEVIATIONS * np.median(np.abs(own - median))
+    median, deviation = _typical(own)
     return np.asarray(np.abs(others - median) <= _LIKE * deviation)
+
+
+def _typical(grey: np.ndarray) -> tuple[float, float]:
+    """The median, and the deviation about it of what is no outlier."""
+    median = np.median(grey)
+    return float(median), float(_DEVIATIONS * np.median(np.abs(grey - median)))
 
 
 def _distances(curve: np.ndarray, shape: Sequence[int]) -> np.ndarray:

@@ -106,7 +106,8 @@ class ScanLabels:
         places = Places.of(volumes, some, self._space, not resampled) if placed else None
         shown = annotated_slices(trainer.exemplars, MOST_SHOWN) if self._planar else annotated_volumes(trainer.exemplars, MOST_SHOWN)
         outlined = self._config.outlines and self._planar
-        outlines = Outlines.of([label[0].numpy() for _, label in shown], self._space) if outlined else None
+        greys = [image.mean(0)[0].numpy() for image, _ in shown] if self._config.levels else []
+        outlines = Outlines.of([label[0].numpy() for _, label in shown], self._space, greys) if outlined else None
         reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         open_ = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
         grows = ends_at_edges(shown, reach, open_, self._space, self._planar) if reach else open_
@@ -526,6 +527,13 @@ def _tell_of_predictions(trainer: Any, rule: Refinement) -> None:
             f"Scans that are predicted are seen turned, too, by {', '.join(f'{degrees:g}' for degrees in rule.config.turns)} degrees: one "
             "slice does not tell how they lie; --disable_tta leaves this out; where all scans lie alike, and organs differ by their side "
             "only, switch off 'scan_labels.turns'."
+        )
+    levels = rule.outlines.level if rule.outlines is not None else ()
+    if any(levels):
+        ends = ", ".join(f"{name} ({level:.2f})" for name, level in zip(names, levels) if level)
+        trainer.print_to_log_file(
+            f"Ends in predictions at the grey value, between those of what is around it (0) and its own (1), at which it does in the "
+            f"annotated images ('scan_labels.levels'): {ends}."
         )
     if rule.alike:
         pairs = ", ".join(_pairs(names, rule.alike))
