@@ -3,7 +3,8 @@
 Networks that know an organ from one slice draw walls as thick as that slice's, within thicker ones and beyond thinner ones, with full
 confidence. Where every annotated slice shows an organ, with all that it encloses, as a convex disc, its outline is one smooth closed
 curve, and the edges of the scan itself say where: an optimal path in polar coordinates (as Sun & Pallottino, Pattern Recognition 36,
-2003, among many), near the one that is drawn.
+2003, among many), near the one that is drawn. What lies within another organ has no such edge where it is annotated; in predictions it
+ends at the grey value at which it does in the annotated slices.
 """
 
 from __future__ import annotations
@@ -124,9 +125,8 @@ class Outlines:
                 continue
             radius[k] = float(np.mean([math.sqrt(disc.sum() / math.pi) for disc in discs]))
             borders[k] = is_open(discs, [labels[index] for index in where])
-            outer = [other for other, inner in enumerate(enclosed) if k in inner]
-            if greys and outer and not borders[k]:
-                edges = [_edge(shown[index][k], _union(shown[index], outer) & ~shown[index][k], greys[index]) for index in where]
+            if greys and not borders[k]:
+                edges = [_inner_edge(k, shown[index], enclosed, greys[index]) for index in where]
                 middles = [sum(edge.sides) / 2 for edge in edges if edge is not None]
                 level[k] = float(np.clip(np.mean(middles), 0, 1)) if middles else 0.0
         return cls(tuple(radius), tuple(borders), enclosed, tuple(level)) if any(radius) else None
@@ -177,7 +177,7 @@ class Outlines:
             borders.append(_border(index, organs, disc, distance, np.abs(distance) < NEAR))
         for k, index in itertools.product(self._levelled, range(image.shape[1])):
             masks = _masks(found, index, space)
-            edge = self._inner_edge(k, masks, image[:, index].mean(0).numpy())
+            edge = _inner_edge(k, masks, self.enclosed, image[:, index].mean(0).numpy())
             if edge is not None:
                 distance = (edge.grey - self.level[k]) / (edge.sides[0] - edge.sides[1])  # these are a voxel apart
                 borders.append(_border(index, (k,), masks[k], distance, edge.inside | edge.outside))
@@ -187,14 +187,6 @@ class Outlines:
     def _levelled(self) -> list[int]:
         """The classes or regions that have a level."""
         return [k for k, level in enumerate(self.level) if level]
-
-    def _inner_edge(self, k: int, masks: np.ndarray, grey: np.ndarray) -> _Edge | None:
-        """The edge of what lies within others, of masks (F, Y, X)."""
-        return _edge(masks[k], _union(masks, self._outer(k)) & ~masks[k], grey)
-
-    def _outer(self, k: int) -> list[int]:
-        """What a class or region lies within."""
-        return [other for other, inner in enumerate(self.enclosed) if k in inner]
 
     def _drawn(
         self, labels: Tensor, image: Tensor, space: LabelSpace, over_it: bool
@@ -220,12 +212,12 @@ class Outlines:
         two; ``over_it``: outlines go on over what looks like the organ."""
         masks, curves = masks.copy(), {}
         for k in self._levelled if over_it else ():
-            edge = self._inner_edge(k, masks, grey)
+            edge = _inner_edge(k, masks, self.enclosed, grey)
             if edge is not None:
                 new = edge.outside & (edge.grey > self.level[k])
                 masks[k] |= new
                 if exclusive:
-                    masks[self._outer(k)] &= ~new
+                    masks[_outer(k, self.enclosed)] &= ~new
         as_drawn = [_union(masks, [k, *inner]) for k, inner in enumerate(self.enclosed)]
         fine = [disc.sum() >= FEWEST and _roundness(disc) >= NEARLY_ROUND for disc in as_drawn]
         for k in sorted(range(len(masks)), key=lambda k: len(self.enclosed[k])):
@@ -243,7 +235,7 @@ class Outlines:
                     continue
                 curves[k] = curve
             if exclusive:
-                outer = self._outer(k)
+                outer = _outer(k, self.enclosed)
                 others = [other for other in range(len(masks)) if other not in (k, *inner, *outer)]
                 new &= disc | ~_union(masks, others)
                 masks[outer] &= ~new
@@ -283,8 +275,16 @@ def _border(index: int, organs: tuple[int, ...], disc: np.ndarray, distance: np.
     return Border(organs, place, torch.from_numpy(distance[y, x].astype(np.float32)))
 
 
-def _edge(inner: np.ndarray, around: np.ndarray, grey: np.ndarray) -> _Edge | None:
-    """Of masks and grey values (Y, X); None where there is too little of one organ, or no clear edge between them."""
+def _outer(k: int, enclosed: Sequence[Sequence[int]]) -> list[int]:
+    """What a class or region lies within."""
+    return [other for other, inner in enumerate(enclosed) if k in inner]
+
+
+def _inner_edge(k: int, masks: np.ndarray, enclosed: Sequence[Sequence[int]], grey: np.ndarray) -> _Edge | None:
+    """Of a class or region and what it lies within, from masks (F, Y, X) and grey values (Y, X); None where there is too little of one of
+    them, or no clear edge between them."""
+    inner = masks[k]
+    around = _union(masks, _outer(k, enclosed)) & ~inner
     if min(inner.sum(), around.sum()) < FEWEST:
         return None
     (low, deviation), high = _typical(grey[around]), np.median(grey[inner])

@@ -106,7 +106,7 @@ class ScanLabels:
         places = Places.of(volumes, some, self._space, not resampled) if placed else None
         shown = annotated_slices(trainer.exemplars, MOST_SHOWN) if self._planar else annotated_volumes(trainer.exemplars, MOST_SHOWN)
         outlined = self._config.outlines and self._planar
-        greys = [image.mean(0)[0].numpy() for image, _ in shown] if self._config.levels else []
+        greys = [image.mean(0)[0].numpy() for image, _ in shown] if outlined and self._config.levels else []
         outlines = Outlines.of([label[0].numpy() for _, label in shown], self._space, greys) if outlined else None
         reach = self._config.growth * min(trainer.configuration_manager.patch_size[-2:])
         open_ = borders_on_background([exemplar.label for exemplar in trainer.exemplars], self._space)
