@@ -201,9 +201,9 @@ class ScanLabelsConfig:
             Half of it where predictions are refined.
         growth: how far organs may grow over what no edge separates from them, as a fraction of the patch's shorter side. 0: not at all.
             Organs that would grow beyond their border in the annotated images do not.
-        largest_piece: keep only the largest connected piece of the foreground where the annotated volume's foreground is one piece, and
-            so for each class. Where only slices are annotated, pieces at least half as large as the largest one are kept, too: a slice
-            may show one of two organs.
+        largest_piece: keep only the largest connected piece of the foreground where the annotated volume's foreground is one piece, each
+            class counting the same in it, and so for each class. Where only slices are annotated, pieces at least half as large as the
+            largest one are kept, too: a slice may show one of two organs.
         outlines: what every annotated slice shows as a convex disc gets a smooth outline along the edges of the scan, slice by slice; in
             predictions it may lie far from what is drawn, over what looks like the organ. For 2D configurations and thick slices.
         levels: in predictions, where ``outlines`` is on, what every annotated slice shows as a convex disc within another organ ends at the
@@ -211,8 +211,8 @@ class ScanLabelsConfig:
         shared_appearance: in predictions classes that never touch and have about the same grey values in the annotated images, as blood in
             two ventricles, have about the same ones in each scan, too.
         contacts: from predictions an organ is removed in slices at the ends of its row in which it touches one that it never touches in the
-            annotated images, or background, if it lies within others there. For 2D configurations and thick slices; to be switched off
-            for what may lie anywhere, such as lesions.
+            annotated images, or background, if it lies within others there; the log says in how many slices of the labels such organs do.
+            For 2D configurations and thick slices; to be switched off for what may lie anywhere, such as lesions.
         waists: likewise, where ``contacts`` is on, one that never touches some other one and has a waist, narrower than in the annotated
             images: there it is two that hang together. Not where a volume is annotated as a whole, which shows where organs end.
         places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or

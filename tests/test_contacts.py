@@ -105,6 +105,23 @@ def test_one_voxel_that_touches_is_not_enough() -> None:
     assert slices(known(), nearly, RIGHT) == [[1, 2, 3]] * 2
 
 
+def test_slices_in_which_the_cavity_is_within_its_wall() -> None:
+    """That the crescent touches this wall is chance."""
+    nothing, far = torch.zeros_like(RIGHT), torch.where(RIGHT == 3, 0, RIGHT)
+    far[:5, :5] = 3  # the crescent, away from the wall
+    cavity, wall, crescent = (torch.where(RIGHT == one, RIGHT, 0) for one in (1, 2, 3))
+    for drawn, right in ((RIGHT, 1), (far, 1), (OPEN_CAVITY, 0), (NO_WALL_BETWEEN, 0), (cavity, 0)):
+        assert known().within(drawn[None].numpy()) == (1, right)
+    assert known().within(torch.stack([RIGHT, nothing, OPEN_CAVITY, wall, RIGHT, crescent]).numpy()) == (3, 2)
+
+
+def test_what_lies_between_several_organs_may_touch_others_elsewhere() -> None:
+    """Only of what one organ encloses it is known what is around it: the parts of a brain touch this here and that there."""
+    parted = torch.where((RIGHT == 2) & (torch.arange(72) > 38), 3, RIGHT)  # half of the cavity's border is the crescent's
+    assert known(parted).enclosed[0]
+    assert known(parted).within(OPEN_CAVITY[None].numpy()) == (0, 0)
+
+
 def test_contacts_and_likeness_are_kept_with_the_weights() -> None:
     rule = Refinement(UNCONFIGURED, (True,) * 4, 1.0, contacts=known(), alike=known().apart)
     again = Refinement.from_tensor(rule.to_tensor(), CLASSES)

@@ -200,6 +200,24 @@ def test_pieces_nearly_as_large_as_the_largest_may_stay() -> None:
     assert largest_pieces(labels, (False, True, False), 1.0, CLASSES).sum() == 16, "one of two equal ones"
 
 
+@pytest.mark.parametrize("share", [0.7, 1.0])
+@pytest.mark.parametrize("space", [CLASSES, REGIONS], ids=["classes", "regions"])
+def test_the_piece_that_shows_all_organs_stays_not_the_largest_one(space: LabelSpace, share: float) -> None:
+    labels = torch.zeros(1, 40, 40, dtype=torch.long)
+    labels[0, 1:13, 1:13], labels[0, 4:10, 4:10] = 2, 1
+    labels[0, 15:35, 15:35] = 2  # larger, but of one kind
+    heads = space.target(labels[None])[0].to(torch.int8)
+    found = torch.stack(list(space.masks(largest_pieces(heads, (True, False, False), share, space)[None]))).any(0)[0]
+    assert torch.equal(found, (labels > 0) & (torch.arange(40) < 14))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_speck_of_what_there_is_hardly_any_of_is_no_piece(share: float) -> None:
+    labels = torch.zeros(1, 40, 40, dtype=torch.int8)
+    labels[0, 15:35, 15:35], labels[0, 2, 2:4] = 1, 2
+    assert torch.equal(largest_pieces(labels, (True, False, False), share, CLASSES), labels * (labels == 1))
+
+
 # ------------------------------------------------------------------ predictions
 
 

@@ -30,6 +30,7 @@ from nnunetv2_cmems.data.scan_labels import ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import UnlabelledLoader
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method import atlas, refinement
+from nnunetv2_cmems.method.contacts import Contacts
 from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
 from nnunetv2_cmems.method.objective import known_first, passes_per_step
@@ -395,6 +396,37 @@ def test_what_never_touches_and_what_is_alike(
     outlines = rules.prediction_refinement.outlines
     assert [one > 0 for one in (outlines.level if outlines else [0] * 3)] == [False, level, False]
     assert ("annotated images ('scan_labels.levels'): left cavity (0." in log) == level
+
+
+@pytest.mark.parametrize("right", [3, 4, 0])
+@pytest.mark.parametrize(
+    ("prepare", "config", "known"),
+    [
+        (lambda workspace: {}, {}, True),
+        (in_three_dimensions, {}, True),
+        (with_regions, {}, False),
+        (lambda workspace: {}, {"contacts": False}, False),
+    ],
+    ids=["2d", "thick slices", "regions", "off"],
+)
+def test_the_log_says_in_how_many_slices_a_cavity_is_within_its_wall(
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    prepare: Callable[[Workspace], dict[str, Any]],
+    config: dict[str, Any],
+    known: bool,
+    right: int,
+) -> None:
+    """Of four in each scan; which is made up."""
+    monkeypatch.setattr(Contacts, "within", lambda self, labels: (4, right))
+    workspace.configure(**{**ON, "num_epochs": 4, "scan_labels": {"at": [0.5, 0.75], **config}})
+    trainer = workspace.train(**prepare(workspace))
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    said = f"as where it is annotated: left cavity, in {25 * right} % of the labelled slices that show it."
+    assert log.count(said) == (2 if known else 0)
+    assert log.count("The networks have hardly understood the organs") == (known and right < 4), "after the last round"
+    found = logs(trainer).get("scan_label_contacts", [])
+    assert found[-2:] == ([right / 4] * 2 if known else [])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import ndimage
@@ -51,11 +51,13 @@ class Contacts:
         enclosed: whether it borders on other classes only, never on background.
         waists: the narrowest :func:`waist` of each class that is apart from another and not enclosed; 0 of the others, and where it does
             not count.
+        walled: whether it is enclosed by one other class alone. Not kept with the weights: predictions do without.
     """
 
     apart: tuple[tuple[bool, ...], ...]
     enclosed: tuple[bool, ...]
     waists: tuple[float, ...]
+    walled: tuple[bool, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, labels: Sequence[np.ndarray], space: LabelSpace, *, waists: bool = True) -> Contacts | None:
@@ -74,8 +76,9 @@ class Contacts:
         if not (apart.any() or enclosed.any()):
             return None
         free = apart.any(1) & ~enclosed & (waists and all(label.ndim == 2 for label in labels))
+        walled = enclosed & ((counts[1:, 1:] > STRAY * borders[1:, None]).sum(1) == 1)
         narrowest = tuple(min(waist(label == k + 1) for label in labels) if free[k] else 0.0 for k in range(count))
-        return cls(tuple(map(tuple, apart.tolist())), tuple(enclosed.tolist()), narrowest)
+        return cls(tuple(map(tuple, apart.tolist())), tuple(enclosed.tolist()), narrowest, tuple(walled.tolist()))
 
     def numbers(self) -> list[float]:
         """F times F whether they are apart, and on the diagonal the waists; F times whether it is enclosed."""
@@ -113,19 +116,35 @@ class Contacts:
                     kept[z][labels[z] == k + 1] = 0
         return kept
 
+    def within(self, labels: np.ndarray) -> tuple[int, int]:
+        """How many slices of labels (Z, Y, X) show a class that one other class encloses, and in how many of these each lies within it.
+
+        Outside of it a class lies open, or touches one that it is kept apart from. Other contacts of one slice may be chance; a wall is
+        not. Where few slices are right, networks have learned something else than the organs.
+        """
+        walled = [k for k, one in enumerate(self.walled) if one]
+        parts = [_contacts(part, len(self.enclosed)) for part in labels[np.isin(labels, [k + 1 for k in walled]).any((1, 2))]]
+        return len(parts), sum(not any(self._open(k, counts) or self._touches(k, counts) for k in walled) for counts in parts)
+
     def _cannot_be_first(self, k: int, whole: np.ndarray, counts: Sequence[np.ndarray], order: Sequence[int]) -> int:
         """How many slices, the first ones in this order, cannot show a class. What comes after one that may is not looked at."""
         return sum(1 for _ in itertools.takewhile(lambda z: self._cannot_be(k, whole[z], counts[z]), order))
 
     def _cannot_be(self, k: int, part: np.ndarray, counts: np.ndarray) -> bool:
-        borders = counts.sum(1)
         if self.enclosed[k]:
-            return bool(counts[k + 1, 0] > OPEN * borders[k + 1])
-        touching = counts[k + 1, 1:] > TOUCHING * np.minimum(borders[k + 1], borders[1:])
-        if (touching & np.array(self.apart[k])).any():
+            return self._open(k, counts)
+        if self._touches(k, counts):
             return True
         least = NARROW * self.waists[k]
         return least > 0 and waist(part == k + 1) < least
+
+    def _open(self, k: int, counts: np.ndarray) -> bool:
+        """Whether too much of an enclosed class's border is background."""
+        return bool(counts[k + 1, 0] > OPEN * counts[k + 1].sum())
+
+    def _touches(self, k: int, counts: np.ndarray) -> bool:
+        """Whether a class touches one that it is kept apart from."""
+        return bool((_touching(counts)[k] & np.array(self.apart[k])).any())
 
 
 def waist(mask: np.ndarray) -> float:
@@ -149,6 +168,12 @@ def waist(mask: np.ndarray) -> float:
             if second >= LOBE * depth.max():
                 least = min(least, float(level / second))
     return least
+
+
+def _touching(counts: np.ndarray) -> np.ndarray:
+    """(F, F): which classes touch each other, by :func:`_contacts`."""
+    borders = counts.sum(1)[1:]
+    return np.asarray(counts[1:, 1:] > TOUCHING * np.minimum(borders[:, None], borders))
 
 
 def _contacts(label: np.ndarray, count: int) -> np.ndarray:

@@ -34,6 +34,9 @@ ALIKE = 0.75
 """Bhattacharyya coefficient of two classes' histograms in the annotated images from which on they are of one kind."""
 
 BINS = 24
+HARDLY_ANY = 0.1
+"""Part of an even share of the foreground; where a class or region has less, a piece that shows all of it shows that part."""
+
 LEAST_LOGIT = -6.0
 """Of a class against the background, or of a region: below it a voxel is background and no organ is near."""
 
@@ -384,10 +387,14 @@ def in_one_piece(labels: Sequence[np.ndarray], space: LabelSpace) -> tuple[bool,
 def largest_pieces(labels: Tensor, single: Sequence[bool], share: float, space: LabelSpace) -> Tensor:
     """Labels without the connected pieces that are small beside the largest one; these become background.
 
+    The size of a piece of the foreground is the sum of the shares of each class or region that lie in it: the organs are what shows
+    something of all, not what shows a lot of one (a lung that is taken for the wall of a heart). What there is hardly any of counts less,
+    see :data:`HARDLY_ANY`.
+
     Args:
         labels: (Z, Y, X) classes, or (R, Z, Y, X) regions; integers.
         single: from :func:`in_one_piece`: first the foreground is cut down, then each class or region that has one piece.
-        share: pieces with fewer voxels than this share of the largest one's are removed; 1: all but the largest.
+        share: pieces smaller than this share of the largest one are removed; 1: all but the largest.
         space: what the heads mean.
 
     Returns:
@@ -396,8 +403,8 @@ def largest_pieces(labels: Tensor, single: Sequence[bool], share: float, space: 
     labels = labels.clone()
     for index, is_single in enumerate(single):
         if is_single:
-            mask = next(mask for i, mask in enumerate(_masks(labels[None], space)) if i == index)[0]
-            apart = torch.from_numpy(mask & ~_large_pieces(mask, share))
+            shown = [mask[0].numpy() for mask in space.masks(labels[None])]
+            apart = torch.from_numpy(_small_pieces(shown if index == 0 else shown[index - 1 : index], share))
             where = labels if index == 0 or not isinstance(space, Regions) else labels[index - 1]
             where.masked_fill_(apart, 0)
     return labels
@@ -409,15 +416,17 @@ def _masks(labels: Tensor, space: LabelSpace) -> Iterator[np.ndarray]:
     yield from (mask.numpy() for mask in space.masks(labels))
 
 
-def _large_pieces(mask: np.ndarray, share: float) -> np.ndarray:
-    """The pieces (diagonal neighbours are connected) of a mask (Z, Y, X) that have ``share`` of the largest one's voxels; of equal ones
-    with a share of 1 the first."""
-    pieces, sizes = label_with_component_sizes(mask)
-    if not sizes:
-        return mask
-    largest = max(sizes, key=lambda piece: sizes[piece])
-    kept = [piece for piece, size in sizes.items() if piece == largest or (share < 1 and size >= share * sizes[largest])]
-    return np.isin(pieces, kept)
+def _small_pieces(masks: Sequence[np.ndarray], share: float) -> np.ndarray:
+    """The pieces (diagonal neighbours are connected) of what masks (Z, Y, X) show together that have less than ``share`` of the largest
+    one's size: the sum of the shares of each mask that lie in it. Of equal ones with a share of 1 all but the first."""
+    whole = np.any(masks, axis=0)
+    pieces, counts = label_with_component_sizes(whole)
+    if not counts:
+        return whole
+    least = HARDLY_ANY * whole.sum() / len(masks)
+    sizes = np.sum([np.bincount(pieces[mask], minlength=max(counts) + 1) / max(least, mask.sum()) for mask in masks], 0)
+    small = sizes < share * sizes.max() if share < 1 else np.arange(len(sizes)) != sizes.argmax()
+    return np.asarray(whole & small[pieces])
 
 
 def _pieces(mask: np.ndarray) -> int:
