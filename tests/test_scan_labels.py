@@ -429,6 +429,17 @@ def test_the_log_says_in_how_many_slices_a_cavity_is_within_its_wall(
     assert found[-2:] == ([right / 4] * 2 if known else [])
 
 
+def test_labels_by_registration_are_not_asked_for_walls(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come before the members have said anything."""
+    monkeypatch.setattr(Contacts, "within", lambda self, labels: (4, 4))
+    workspace.configure(**{**ON, "exemplar": [{"case": EXEMPLAR["case"], "slice": None}], "scan_labels": {"at": [0.5]}})
+    trainer = workspace.train()
+    assert trainer._scan_labels.begins[0] == 0 and trainer._scan_labels.prediction_refinement.contacts is not None
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert "in 0 % of the labelled slices" not in log and "hardly understood" not in log
+    assert np.isnan(logs(trainer)["scan_label_contacts"][0])
+
+
 @pytest.mark.parametrize(
     ("prepare", "config", "heads"),
     [

@@ -144,7 +144,9 @@ class Contacts:
 
     def _touches(self, k: int, counts: np.ndarray) -> bool:
         """Whether a class touches one that it is kept apart from."""
-        return bool((_touching(counts)[k] & np.array(self.apart[k])).any())
+        borders = counts.sum(1)
+        touching = counts[k + 1, 1:] > TOUCHING * np.minimum(borders[k + 1], borders[1:])
+        return bool((touching & np.array(self.apart[k])).any())
 
 
 def waist(mask: np.ndarray) -> float:
@@ -168,12 +170,6 @@ def waist(mask: np.ndarray) -> float:
             if second >= LOBE * depth.max():
                 least = min(least, float(level / second))
     return least
-
-
-def _touching(counts: np.ndarray) -> np.ndarray:
-    """(F, F): which classes touch each other, by :func:`_contacts`."""
-    borders = counts.sum(1)[1:]
-    return np.asarray(counts[1:, 1:] > TOUCHING * np.minimum(borders[:, None], borders))
 
 
 def _contacts(label: np.ndarray, count: int) -> np.ndarray:

@@ -401,12 +401,12 @@ def largest_pieces(labels: Tensor, single: Sequence[bool], share: float, space: 
         A tensor of the same shape.
     """
     labels = labels.clone()
-    for index, is_single in enumerate(single):
-        if is_single:
-            shown = [mask[0].numpy() for mask in space.masks(labels[None])]
-            apart = torch.from_numpy(_small_pieces(shown if index == 0 else shown[index - 1 : index], share))
-            where = labels if index == 0 or not isinstance(space, Regions) else labels[index - 1]
-            where.masked_fill_(apart, 0)
+    if single[0]:
+        labels.masked_fill_(_small_pieces([mask[0].numpy() for mask in space.masks(labels[None])], share), 0)
+    for index, mask in enumerate(space.masks(labels[None])):
+        if single[1 + index]:
+            where = labels[index] if isinstance(space, Regions) else labels
+            where.masked_fill_(_small_pieces([mask[0].numpy()], share), 0)
     return labels
 
 
@@ -416,17 +416,17 @@ def _masks(labels: Tensor, space: LabelSpace) -> Iterator[np.ndarray]:
     yield from (mask.numpy() for mask in space.masks(labels))
 
 
-def _small_pieces(masks: Sequence[np.ndarray], share: float) -> np.ndarray:
+def _small_pieces(masks: Sequence[np.ndarray], share: float) -> Tensor:
     """The pieces (diagonal neighbours are connected) of what masks (Z, Y, X) show together that have less than ``share`` of the largest
     one's size: the sum of the shares of each mask that lie in it. Of equal ones with a share of 1 all but the first."""
     whole = np.any(masks, axis=0)
     pieces, counts = label_with_component_sizes(whole)
     if not counts:
-        return whole
+        return torch.from_numpy(whole)
     least = HARDLY_ANY * whole.sum() / len(masks)
     sizes = np.sum([np.bincount(pieces[mask], minlength=max(counts) + 1) / max(least, mask.sum()) for mask in masks], 0)
     small = sizes < share * sizes.max() if share < 1 else np.arange(len(sizes)) != sizes.argmax()
-    return np.asarray(whole & small[pieces])
+    return torch.from_numpy(whole & small[pieces])
 
 
 def _pieces(mask: np.ndarray) -> int:
