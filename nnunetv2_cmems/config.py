@@ -299,6 +299,9 @@ class CMEMSConfig:
             class with the background, and squares in the denominator, as the public code of UniMatch and its kin has it.
         pseudo_class_weighting: ``class_weighting`` of the two consistency terms.
         exemplar_views: deformation of exemplar images.
+        organ_scale: smallest and largest zoom factor of each organ of an exemplar or synthetic image about its own middle, drawn for each
+            organ on its own. ``[1, 1]``: organs keep their proportions. ``[0.5, 2]`` where the annotated ones are unlike those of most
+            scans, and networks take something else for the organs; it costs accuracy where they are typical.
         supervised_intensity: appearance changes of exemplar and synthetic images.
         weak: appearance of weak views.
         strong: appearance of strong views, on top of the weak view's crop.
@@ -353,6 +356,7 @@ class CMEMSConfig:
     pseudo_dice: Literal["shown", "all"] = "shown"
     pseudo_class_weighting: float = _between(0.0, 1.0, 0.0)
     exemplar_views: SpatialConfig = SpatialConfig(rotation=45.0, scale=(0.6, 1.5), elastic=0.08)
+    organ_scale: tuple[float, float] = _between(0.35, 3.0, (1.0, 1.0))
     supervised_intensity: IntensityConfig = IntensityConfig(
         brightness=0.3, contrast=(0.65, 1.5), gamma=(0.6, 1.7), noise=0.1, blur=1.0, bias=0.3, curve=0.3, low_resolution=2.0
     )

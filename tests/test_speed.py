@@ -52,7 +52,7 @@ def objective(d: int, space: LabelSpace, config: CMEMSConfig, ignore: bool, devi
         label[(slice(start, start + 4),) * d] = value
     if ignore:
         label[..., -3:] = -1
-    bank = ExemplarBank([torch.randn(1, *label.shape)], [label], [16] * d, device, reach=3)
+    bank = ExemplarBank([torch.randn(1, *label.shape)], [label], [16] * d, device, reach=3, organ_scale=config.organ_scale)
     counts = space.counts(bank.labels).to(device)
     pseudo_weights = space.weights(bank.labels, 0.5).to(device)
 
@@ -67,7 +67,7 @@ def objective(d: int, space: LabelSpace, config: CMEMSConfig, ignore: bool, devi
 @pytest.mark.parametrize(
     "config",
     [
-        CMEMSConfig(num_strong=2, competence=True),
+        CMEMSConfig(num_strong=2, competence=True, organ_scale=(0.5, 2.0)),
         CMEMSConfig(num_members=3, consistency="mean_squared_error", ema_decay=0.9),
         CMEMSConfig(num_members=1, pseudo_dice="all"),
     ],

@@ -172,6 +172,17 @@ def test_mirroring_at_inference_follows_the_exemplars_views(workspace: Workspace
     assert workspace.train().inference_allowed_mirroring_axes == (0, 1)
 
 
+def test_organs_of_exemplar_and_synthetic_images_change_their_sizes(workspace: Workspace) -> None:
+    still = {"probability": 0.0, "elastic": 0.0}
+    sizes = {}
+    for scale in ((1.0, 1.0), (0.5, 2.0)):
+        workspace.configure(organ_scale=list(scale), exemplar_views=still, synthesis={"joint": still, "separate": still})
+        trainer = workspace.train()
+        labels = torch.cat([trainer._objective.supervised_batch(None).labels for _ in range(8)])
+        sizes[scale] = {int((label == label.max()).sum()) for label in labels if label.any()}
+    assert len(sizes[1.0, 1.0]) == 1 and len(sizes[0.5, 2.0]) > 5
+
+
 def test_fold_all(workspace: Workspace) -> None:
     workspace.train(fold="all")
     record = json.loads((workspace.fold(fold="all") / "cmems_config.json").read_text())

@@ -11,9 +11,11 @@ from scipy import ndimage
 from torch import Tensor
 
 from nnunetv2_cmems.config import SpatialConfig
-from nnunetv2_cmems.method.perturbations import Deformation, deform, draw_deformation, read_from, sample, sampling_grid
+from nnunetv2_cmems.method.organ_sizes import Organs, draw_sizes, organs_of, organs_of_planes, resized
+from nnunetv2_cmems.method.perturbations import Deformation, as_grid, draw_deformation, read_from, sample
 from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
 
+AS_ANNOTATED = 1.0, 1.0
 UNDEFORMED = SpatialConfig(probability=0.0, elastic=0.0)
 _MOST_GROUPS = 16
 _CENTRES = 4096
@@ -79,6 +81,8 @@ class ExemplarBank:
         reach: how far, in voxels, the surroundings of an organ go.
         spacing: the voxels' sides in mm; None: cubes.
         complete_only: crops ``whole`` are of exemplars that show every class that any of them shows.
+        organ_scale: smallest and largest factor by which each organ of a crop is zoomed about its own middle, see
+            :mod:`~nnunetv2_cmems.method.organ_sizes`.
     """
 
     def __init__(
@@ -90,8 +94,10 @@ class ExemplarBank:
         reach: int = 0,
         spacing: Sequence[float] | None = None,
         complete_only: bool = False,
+        organ_scale: tuple[float, float] = AS_ANNOTATED,
     ) -> None:
         self.patch = tuple(patch)
+        self.organ_scale = organ_scale
         self.device = device
         self.spacing = spacing
         self.channels = len(images[0])
@@ -126,7 +132,8 @@ class ExemplarBank:
         content = torch.cat([image, filled, maps])[None].to(self.device)
         classes = _classes(shown)
         places = [(shown == k).nonzero().float() for k in classes]
-        return _Source(content, (), self._centres(places) if classes else None, frozenset(classes))
+        organs = self._here(organs_of(shown, self.spacing))
+        return _Source(content, (), self._centres(places) if classes else None, frozenset(classes), organs=organs)
 
     def _sliced_source(self, image: Tensor, planes: Sequence[AnnotatedPlane]) -> _Source:
         self.labels += [plane.labels for plane in planes]
@@ -136,7 +143,12 @@ class ExemplarBank:
         places = [torch.cat([plane.places(k) for plane in planes]) for k in classes]
         background = torch.cat([plane.places(0) for plane in planes])
         anywhere = self._centres([background if len(background) else torch.cat(places)])
-        return _Source(image[None].to(self.device), here, self._centres(places), frozenset(classes), anywhere)
+        organs = self._here(organs_of_planes(planes, self.spacing))
+        return _Source(image[None].to(self.device), here, self._centres(places), frozenset(classes), anywhere, organs)
+
+    def _here(self, organs: Organs | None) -> Organs | None:
+        """On the device; None where organs stay as they are, too."""
+        return None if organs is None or self.organ_scale == AS_ANNOTATED else Organs(*(part.to(self.device) for part in organs))
 
     def draw_deformation(self, batch: int, config: SpatialConfig) -> Deformation:
         """A random deformation of ``batch`` crops."""
@@ -156,7 +168,7 @@ class ExemplarBank:
 
         Args:
             batch: number of crops B.
-            config: their deformation; image, label and background are deformed alike.
+            config: their deformation; image, label and background are deformed alike, after organs have changed their sizes.
             foreground: probability that the exemplar is one that shows a class, drawn first with equal probability, and that the
                 crop is centred on a foreground voxel (classes with equal probability); otherwise any exemplar will do, and the
                 position is uniform, or, where only slices are annotated, uniform on the background of these.
@@ -190,13 +202,14 @@ class ExemplarBank:
 
     def _crops(self, i: int, centres: Tensor, config: SpatialConfig) -> tuple[Tensor, Tensor]:
         source = self._sources[i]
-        deformation = self.draw_deformation(len(centres), config)
+        voxels = read_from(self.draw_deformation(len(centres), config), centres)
+        if source.organs is not None:
+            voxels = resized(voxels, source.organs, draw_sizes(len(centres), source.organs, self.organ_scale))
+        grid = as_grid(voxels, source.content.shape[2:])
         if source.planes:
-            image = deform(source.content, deformation, centres)
-            labels = look_up(source.planes, read_from(deformation, centres))
+            image, labels = sample(source.content, grid), look_up(source.planes, voxels)
             shown, nothing = labels.clamp_min(0), torch.zeros_like(labels)
             return torch.cat([image, image], 1), torch.stack([shown, (shown > 0).long(), nothing, (labels < 0).long()], 1).float()
-        grid = sampling_grid(source.content.shape[2:], deformation, centres)
         return sample(source.content[:, :-4], grid), sample(source.content[:, -4:], grid, nearest=True)
 
     def _draw_centres(self, i: int, batch: int, foreground: float) -> Tensor:
@@ -240,6 +253,7 @@ class _Source(NamedTuple):
         centres: (4096, d) coordinates of foreground voxels, every class equally often; None: it shows none.
         classes: the foreground values that it shows.
         anywhere: (4096, d) coordinates of background, where only slices are annotated.
+        organs: those whose sizes change; None: none does.
     """
 
     content: Tensor
@@ -247,6 +261,7 @@ class _Source(NamedTuple):
     centres: Tensor | None
     classes: frozenset[int]
     anywhere: Tensor | None = None
+    organs: Organs | None = None
 
 
 def _classes(label: Tensor) -> list[int]:

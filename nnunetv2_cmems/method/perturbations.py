@@ -94,7 +94,12 @@ def sampling_grid(
     offsets = deformation.offsets
     size = _constant(tuple(spatial), offsets.device)
     voxels = read_from(deformation, ((size - 1) / 2).expand(offsets.shape[0], -1) if centres is None else centres, pivots)
-    return ((2 * voxels + 1) / size - 1).flip(-1)
+    return as_grid(voxels, spatial)
+
+
+def as_grid(voxels: Tensor, spatial: Sequence[int]) -> Tensor:
+    """Voxel coordinates (B, *patch, d) in images of this size, as torch's ``grid_sample`` takes them."""
+    return ((2 * voxels + 1) / _constant(tuple(spatial), voxels.device) - 1).flip(-1)
 
 
 def sample(images: Tensor, grid: Tensor, *, nearest: bool = False) -> Tensor:

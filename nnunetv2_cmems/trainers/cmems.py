@@ -419,7 +419,9 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         images, labels = _sources(self.exemplars)
         patch, spacing = self.configuration_manager.patch_size, self.configuration_manager.spacing
         complete_only = config.synthesis.complete_only
-        bank = ExemplarBank(images, labels, patch, self.device, reach(config.synthesis, patch), spacing, complete_only)
+        bank = ExemplarBank(
+            images, labels, patch, self.device, reach(config.synthesis, patch), spacing, complete_only, config.organ_scale
+        )
         counts = self.label_space.counts(bank.labels).to(self.device)
 
         def weights(progress: float) -> Tensor:
