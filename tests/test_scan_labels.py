@@ -419,12 +419,14 @@ def test_the_log_says_in_how_many_slices_a_cavity_is_within_its_wall(
 ) -> None:
     """Of four in each scan; which is made up."""
     monkeypatch.setattr(Contacts, "within", lambda self, labels: (4, right))
-    workspace.configure(**{**ON, "num_epochs": 4, "scan_labels": {"at": [0.5, 0.75], **config}})
+    scale = [0.5, 2.0] if right == 0 else [1.0, 1.0]
+    workspace.configure(**{**ON, "num_epochs": 4, "organ_scale": scale, "scan_labels": {"at": [0.5, 0.75], **config}})
     trainer = workspace.train(**prepare(workspace))
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
     said = f"as where it is annotated: left cavity, in {25 * right} % of the labelled slices that show it."
     assert log.count(said) == (2 if known else 0)
     assert log.count("The networks have hardly understood the organs") == (known and right < 4), "after the last round"
+    assert log.count("'organ_scale' of [0.5, 2] may help") == (known and right == 3), "where it has not been tried"
     found = logs(trainer).get("scan_label_contacts", [])
     assert found[-2:] == ([right / 4] * 2 if known else [])
 

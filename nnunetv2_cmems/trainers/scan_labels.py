@@ -37,6 +37,7 @@ from nnunetv2_cmems.data.unlabelled import open_image, read_image
 from nnunetv2_cmems.errors import CMEMSError
 from nnunetv2_cmems.method.atlas import Atlas, refined_on, to_tensor
 from nnunetv2_cmems.method.contacts import Contacts
+from nnunetv2_cmems.method.exemplars import AS_ANNOTATED
 from nnunetv2_cmems.method.growth import borders_on_background, ends_at_edges
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
 from nnunetv2_cmems.method.objective import Objective, batch_sizes, overlap, passes_per_step
@@ -325,8 +326,11 @@ class ScanLabels:
         if last and share < FEW_SLICES:
             told += (
                 " The networks have hardly understood the organs: unlabelled.png shows in the end what they take for them, and another "
-                "annotated slice, or a second one, helps. Where there need not be a wall, switch off 'scan_labels.contacts'."
+                "annotated slice, or a second one, helps. "
             )
+            if trainer.config.organ_scale == AS_ANNOTATED:
+                told += "If the annotated organs have unusual sizes beside each other, 'organ_scale' of [0.5, 2] may help, too. "
+            told += "Where there need not be a wall, switch off 'scan_labels.contacts'."
         trainer.print_to_log_file(told)
 
     @torch.inference_mode()
