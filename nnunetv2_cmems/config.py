@@ -213,6 +213,10 @@ class ScanLabelsConfig:
         contacts: from predictions an organ is removed in slices at the ends of its row in which it touches one that it never touches in the
             annotated images, or background, if it lies within others there; the log says in how many slices of the labels such organs do.
             For 2D configurations and thick slices; to be switched off for what may lie anywhere, such as lesions.
+        arranged_only: from the first round of labels on only scans teach whose labels are arranged as in the annotation: that show every
+            class which it shows, and in at least half of the slices have within its wall what one other class encloses there. The
+            others wait for the next round. Counts where ``contacts`` does, and a class is enclosed so; for annotations that networks
+            misunderstand, together with ``organ_scale``.
         waists: likewise, where ``contacts`` is on, one that never touches some other one and has a waist, narrower than in the annotated
             images: there it is two that hang together. Not where a volume is annotated as a whole, which shows where organs end.
         places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or
@@ -239,6 +243,7 @@ class ScanLabelsConfig:
     levels: bool = True
     shared_appearance: bool = True
     contacts: bool = True
+    arranged_only: bool = False
     waists: bool = True
     places: bool = True
     atlases: int = _between(0, 100, 3)

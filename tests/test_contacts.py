@@ -115,6 +115,21 @@ def test_slices_in_which_the_cavity_is_within_its_wall() -> None:
     assert known().within(torch.stack([RIGHT, nothing, OPEN_CAVITY, wall, RIGHT, crescent]).numpy()) == (3, 2)
 
 
+def test_a_scan_is_arranged_as_annotated() -> None:
+    nothing, cavity = torch.zeros_like(RIGHT), torch.where(RIGHT == 1, RIGHT, 0)
+    for slices_of, arranged in (
+        ([RIGHT, nothing], True),
+        ([RIGHT, OPEN_CAVITY, nothing], True),  # a half
+        ([RIGHT, OPEN_CAVITY, OPEN_CAVITY], False),
+        ([torch.where(RIGHT == 3, 0, RIGHT)], False),  # a class is not there
+        ([torch.where(RIGHT == 1, 0, RIGHT)], False),
+        ([cavity], False),
+        ([nothing], False),
+    ):
+        assert known().arranged(torch.stack(slices_of).numpy(), [1, 2, 3]) == arranged
+    assert known().arranged(torch.where(RIGHT == 3, 0, RIGHT)[None].numpy(), [1, 2])
+
+
 def test_what_lies_between_several_organs_may_touch_others_elsewhere() -> None:
     """Only of what one organ encloses it is known what is around it: the parts of a brain touch this here and that there."""
     parted = torch.where((RIGHT == 2) & (torch.arange(72) > 38), 3, RIGHT)  # half of the cavity's border is the crescent's

@@ -33,7 +33,7 @@ from nnunetv2_cmems.method import atlas, refinement
 from nnunetv2_cmems.method.contacts import Contacts
 from nnunetv2_cmems.method.label_space import PseudoLabel, Regions
 from nnunetv2_cmems.method.networks import MutualNetworks
-from nnunetv2_cmems.method.objective import known_first, passes_per_step
+from nnunetv2_cmems.method.objective import LEFT_OUT, known_first, passes_per_step
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.refinement import Refinement
 from nnunetv2_cmems.method.turns import turned_scan
@@ -426,9 +426,57 @@ def test_the_log_says_in_how_many_slices_a_cavity_is_within_its_wall(
     said = f"as where it is annotated: left cavity, in {25 * right} % of the labelled slices that show it."
     assert log.count(said) == (2 if known else 0)
     assert log.count("The networks have hardly understood the organs") == (known and right < 4), "after the last round"
-    assert log.count("'organ_scale' of [0.5, 2] may help") == (known and right == 3), "where it has not been tried"
+    assert log.count("'organ_scale' of [0.5, 2]") == (known and right == 3), "where it has not been tried"
     found = logs(trainer).get("scan_label_contacts", [])
     assert found[-2:] == ([right / 4] * 2 if known else [])
+
+
+@pytest.mark.parametrize("arranged", [True, False])
+def test_scans_that_are_not_arranged_as_annotated_wait(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, arranged: bool) -> None:
+    asked: list[list[int]] = []
+
+    def answer(self: Contacts, labels: np.ndarray, classes: list[int]) -> bool:
+        asked.append(list(classes))
+        return arranged
+
+    monkeypatch.setattr(Contacts, "arranged", answer)
+    monkeypatch.setattr(rounds, "remove", lambda trainer: None)  # what is made is looked at
+    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "arranged_only": True}})
+    trainer = workspace.train()
+    files = [np.load(path) for path in (Path(trainer.output_folder) / "scan_labels").glob("*/*.npy")]
+    assert len(files) == len(UNLABELLED) and asked == [[1, 2, 3]] * len(files)
+    assert all(arranged != bool((labels == LEFT_OUT).all()) for labels in files)
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert f"so that they teach ('scan_labels.arranged_only'): {len(files) * arranged} of {len(files)} scans." in log
+    assert logs(trainer)["scan_labels_left_out"][-1] == len(files) * (not arranged)
+    assert ("scan_label_dice/mean" in logs(trainer)) == arranged  # of those that teach
+
+
+@pytest.mark.parametrize(
+    ("prepare", "config"), [(with_regions, {}), (lambda workspace: {}, {"contacts": False})], ids=["regions", "contacts are off"]
+)
+def test_where_nothing_is_enclosed_all_scans_teach(
+    workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], config: dict[str, Any]
+) -> None:
+    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "arranged_only": True, **config}})
+    trainer = workspace.train(**prepare(workspace))
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert "all scans teach, and 'scan_labels.arranged_only' changes nothing" in log
+    assert "so that they teach" not in log
+
+
+def test_what_is_left_out_does_not_count() -> None:
+    taught = PseudoLabel(torch.tensor([[2, 2, 2]]), torch.tensor([[True, True, False]]))
+    found = known_first(torch.tensor([[LEFT_OUT, -1, 1]]), taught)
+    assert found.confident.tolist() == [[False, True, True]] and found.labels.tolist() == [[2, 2, 1]]
+
+
+@DIMENSIONS
+def test_what_is_left_out_is_so_in_deformed_crops(d: int) -> None:
+    made = objective(CALM, d)
+    size = [side + 4 for side in made.bank.patch]
+    _, labels = made.unlabelled_crops(torch.randn(2, 1, *size), torch.full((2, *size), LEFT_OUT, dtype=torch.int8))
+    assert labels is not None and (labels == LEFT_OUT).all()
 
 
 def test_labels_by_registration_are_not_asked_for_walls(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +36,9 @@ NARROW = 0.75
 
 LOBE = 0.4
 """What a waist parts is at least so wide, beside the widest place of the whole."""
+
+FEWEST_RIGHT = 0.5
+"""Share of a scan's slices in which what has a wall lies within it, from which on the scan is taken for understood."""
 
 _LEVELS = 32
 _FINER = 2  # a mask is enlarged
@@ -125,6 +128,12 @@ class Contacts:
         walled = [k for k, one in enumerate(self.walled) if one]
         parts = [_contacts(part, len(self.enclosed)) for part in labels[np.isin(labels, [k + 1 for k in walled]).any((1, 2))]]
         return len(parts), sum(not any(self._open(k, counts) or self._touches(k, counts) for k in walled) for counts in parts)
+
+    def arranged(self, labels: np.ndarray, classes: Collection[int]) -> bool:
+        """Whether labels (Z, Y, X) show all of these classes, and in at least :data:`FEWEST_RIGHT` of the slices have within its wall what
+        has one, see :meth:`within`."""
+        shown, right = self.within(labels)
+        return bool(np.isin(list(classes), labels).all()) and shown > 0 and right >= FEWEST_RIGHT * shown
 
     def _cannot_be_first(self, k: int, whole: np.ndarray, counts: Sequence[np.ndarray], order: Sequence[int]) -> int:
         """How many slices, the first ones in this order, cannot show a class. What comes after one that may is not looked at."""

@@ -18,6 +18,9 @@ from nnunetv2_cmems.method.networks import MemberOutput
 from nnunetv2_cmems.method.perturbations import change_appearance, deform, draw_cutmix, sample, sampling_grid
 from nnunetv2_cmems.method.synthesis import SyntheticBatch, choose_backgrounds, synthesise
 
+LEFT_OUT = -2
+"""In place of a label: a place that does not count, whatever the teacher says about it."""
+
 
 class Batches(NamedTuple):
     """Images a step: exemplar and synthetic ones per member, unlabelled ones shared by the members."""
@@ -153,7 +156,7 @@ class Objective:
             progress: share of the training that is done, in [0, 1].
             offsets: (U, d) where the crops' centres lie in their images, in voxels from the middle.
             labels: (U, *larger) classes, or (U, R, *larger) regions, that the unlabelled crops have from elsewhere; they take the
-                place of the pseudo-labels, but for -1. None: there are none.
+                place of the pseudo-labels, but for -1; :data:`LEFT_OUT` counts nowhere. None: there are none.
         """
         config, members = self.config, range(self.config.num_members)
         with torch.no_grad():
@@ -296,9 +299,11 @@ class Objective:
 
 
 def known_first(labels: Tensor, taught: PseudoLabel) -> PseudoLabel:
-    """``taught``, but for places where ``labels`` (in head space) are not negative: these count there, with full confidence."""
+    """``taught``, but for places where ``labels`` (in head space) are not negative: these count there, with full confidence. Places that
+    are :data:`LEFT_OUT` do not count."""
     known = labels >= 0
-    return PseudoLabel(torch.where(known, labels.to(taught.labels.dtype), taught.labels), known | taught.confident)
+    counts = (known | taught.confident) & (labels != LEFT_OUT)
+    return PseudoLabel(torch.where(known, labels.to(taught.labels.dtype), taught.labels), counts)
 
 
 def teacher(probabilities: Sequence[Tensor], member: int) -> Tensor:

@@ -40,7 +40,7 @@ from nnunetv2_cmems.method.contacts import Contacts
 from nnunetv2_cmems.method.exemplars import AS_ANNOTATED
 from nnunetv2_cmems.method.growth import borders_on_background, ends_at_edges
 from nnunetv2_cmems.method.label_space import LabelSpace, Regions
-from nnunetv2_cmems.method.objective import Objective, batch_sizes, overlap, passes_per_step
+from nnunetv2_cmems.method.objective import LEFT_OUT, Objective, batch_sizes, overlap, passes_per_step
 from nnunetv2_cmems.method.outlines import Outlines
 from nnunetv2_cmems.method.places import Places
 from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
@@ -136,6 +136,7 @@ class ScanLabels:
             contacts=contacts if self._config.contacts and self._planar else None,
             alike=alike,
         )
+        self._drawn_classes = sorted({int(value) for label in drawn for value in np.unique(label) if value > 0})
         regions = len(self._space.names) if isinstance(self._space, Regions) else 0
         self.files = ScanLabelFiles(os.path.join(trainer.output_folder, FOLDER), regions)
         self._config_without: CMEMSConfig | None = None  # the objective's, where no scan has a label before the members make it
@@ -228,10 +229,7 @@ class ScanLabels:
         patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
         registered = self.files.cases(0) if self.atlases else set()
 
-        contacts = self.prediction_refinement.contacts
-        if contacts is not None and not any(contacts.walled):
-            contacts = None
-
+        contacts, waiting = self._walls, [0]
         windows: list[int] = []
         slices: list[tuple[int, int]] = []
 
@@ -242,6 +240,9 @@ class ScanLabels:
             labels = self._labels_of(prediction.logits, image, prediction.in_slices, known)
             if contacts is not None:
                 slices.append(contacts.within(labels))
+                if self._config.arranged_only and known is None and not contacts.arranged(labels, self._drawn_classes):
+                    labels = np.full_like(labels, LEFT_OUT)
+                    waiting.append(1)
             return case, labels
 
         mine = _of_this_process(trainer, self._cases)
@@ -251,6 +252,24 @@ class ScanLabels:
         trainer.history.add({"scan_label_passes": members * sum(distributed.gathered(windows))}, trainer.current_epoch)
         if contacts is not None:
             self._tell_of_walls(trainer, contacts.walled, distributed.gathered(slices), begin == self.begins[-1])
+            if self._config.arranged_only:
+                left_out = sum(distributed.gathered(waiting))
+                trainer.history.add({"scan_labels_left_out": left_out}, trainer.current_epoch)
+                trainer.print_to_log_file(
+                    f"Arranged as in the annotation, so that they teach ('scan_labels.arranged_only'): {len(self._cases) - left_out} of "
+                    f"{len(self._cases)} scans."
+                )
+
+    @property
+    def _walls(self) -> Contacts | None:
+        """What annotated images say of a class within one other; None where there is none, or it does not count."""
+        contacts = self.prediction_refinement.contacts
+        return contacts if contacts is not None and any(contacts.walled) else None
+
+    @property
+    def asks_in_vain(self) -> bool:
+        """Whether scans are to be ``arranged_only``, and nothing says how."""
+        return self._config.arranged_only and self._walls is None
 
     def _write(
         self,
@@ -292,6 +311,8 @@ class ScanLabels:
             _save(temporary, case, labels)
             made.append(case)
             dataset = self._registered[case]
+            if (labels == LEFT_OUT).all():
+                return []
             if trainer.config.log_hidden_accuracy and dataset.folder == trainer.preprocessed_dataset_folder:
                 return _hidden_dice(case, dataset, labels, self._space)
             return []
@@ -329,7 +350,10 @@ class ScanLabels:
                 "annotated slice, or a second one, helps. "
             )
             if trainer.config.organ_scale == AS_ANNOTATED:
-                told += "If the annotated organs have unusual sizes beside each other, 'organ_scale' of [0.5, 2] may help, too. "
+                told += (
+                    "If the annotated organs have unusual sizes beside each other, 'organ_scale' of [0.5, 2] and "
+                    "'scan_labels.arranged_only' may help, too. "
+                )
             told += "Where there need not be a wall, switch off 'scan_labels.contacts'."
         trainer.print_to_log_file(told)
 
@@ -534,6 +558,11 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
         trainer.print_to_log_file(
             f"Round in every annotated slice, and so drawn along their outlines in other scans: {', '.join(names)}; for what may have any "
             "shape, such as lesions, switch off 'scan_labels.outlines'."
+        )
+    if made is not None and made.asks_in_vain:
+        trainer.print_to_log_file(
+            "No annotated class is enclosed by one other alone, or 'scan_labels.contacts' does not count: all scans teach, and "
+            "'scan_labels.arranged_only' changes nothing."
         )
     if made is not None and made.refinement.config.turns:
         trainer.print_to_log_file(
