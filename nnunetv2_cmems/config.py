@@ -306,7 +306,7 @@ class CMEMSConfig:
         exemplar_views: deformation of exemplar images.
         organ_scale: smallest and largest zoom factor of each organ of an exemplar or synthetic image about its own middle, drawn for each
             organ on its own. ``[1, 1]``: organs keep their proportions. ``[0.5, 2]`` where the annotated ones are unlike those of most
-            scans, and networks take something else for the organs; it costs accuracy where they are typical.
+            scans, and networks take something else for the organs; it may cost accuracy where they do not.
         supervised_intensity: appearance changes of exemplar and synthetic images.
         weak: appearance of weak views.
         strong: appearance of strong views, on top of the weak view's crop.

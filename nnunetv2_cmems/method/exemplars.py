@@ -132,7 +132,7 @@ class ExemplarBank:
         content = torch.cat([image, filled, maps])[None].to(self.device)
         classes = _classes(shown)
         places = [(shown == k).nonzero().float() for k in classes]
-        organs = self._here(organs_of(shown, self.spacing))
+        organs = self._here(organs_of(shown, self.spacing)) if self._resizes else None
         return _Source(content, (), self._centres(places) if classes else None, frozenset(classes), organs=organs)
 
     def _sliced_source(self, image: Tensor, planes: Sequence[AnnotatedPlane]) -> _Source:
@@ -143,12 +143,15 @@ class ExemplarBank:
         places = [torch.cat([plane.places(k) for plane in planes]) for k in classes]
         background = torch.cat([plane.places(0) for plane in planes])
         anywhere = self._centres([background if len(background) else torch.cat(places)])
-        organs = self._here(organs_of_planes(planes, self.spacing))
+        organs = self._here(organs_of_planes(planes, self.spacing)) if self._resizes else None
         return _Source(image[None].to(self.device), here, self._centres(places), frozenset(classes), anywhere, organs)
 
+    @property
+    def _resizes(self) -> bool:
+        return self.organ_scale != AS_ANNOTATED
+
     def _here(self, organs: Organs | None) -> Organs | None:
-        """On the device; None where organs stay as they are, too."""
-        return None if organs is None or self.organ_scale == AS_ANNOTATED else Organs(*(part.to(self.device) for part in organs))
+        return None if organs is None else Organs(*(part.to(self.device) for part in organs))
 
     def draw_deformation(self, batch: int, config: SpatialConfig) -> Deformation:
         """A random deformation of ``batch`` crops."""

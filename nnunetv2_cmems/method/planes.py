@@ -27,7 +27,10 @@ class AnnotatedPlane(NamedTuple):
 
     def places(self, label: int) -> Tensor:
         """(N, 3) coordinates in the volume of the plane's pixels with a label."""
-        pixels = (self.labels == label).nonzero().float()
+        return self.in_volume((self.labels == label).nonzero().float())
+
+    def in_volume(self, pixels: Tensor) -> Tensor:
+        """(N, 3) coordinates in the volume of places (N, 2) in the plane, in pixels."""
         found = torch.full((len(pixels), 3), self.position)
         for column, axis in enumerate(self.others):
             found[:, axis] = (pixels[:, column] + 0.5) * self.scale[column] - 0.5

@@ -229,7 +229,8 @@ class ScanLabels:
         patch, members = trainer.configuration_manager.patch_size, trainer.config.num_members
         registered = self.files.cases(0) if self.atlases else set()
 
-        contacts, waiting = self._walls, [0]
+        contacts = self._walls
+        waiting: list[str] = []
         windows: list[int] = []
         slices: list[tuple[int, int]] = []
 
@@ -242,7 +243,7 @@ class ScanLabels:
                 slices.append(contacts.within(labels))
                 if self._config.arranged_only and known is None and not contacts.arranged(labels, self._drawn_classes):
                     labels = np.full_like(labels, LEFT_OUT)
-                    waiting.append(1)
+                    waiting.append(case)
             return case, labels
 
         mine = _of_this_process(trainer, self._cases)
@@ -253,7 +254,7 @@ class ScanLabels:
         if contacts is not None:
             self._tell_of_walls(trainer, contacts.walled, distributed.gathered(slices), begin == self.begins[-1])
             if self._config.arranged_only:
-                left_out = sum(distributed.gathered(waiting))
+                left_out = len(distributed.gathered(waiting))
                 trainer.history.add({"scan_labels_left_out": left_out}, trainer.current_epoch)
                 trainer.print_to_log_file(
                     f"Arranged as in the annotation, so that they teach ('scan_labels.arranged_only'): {len(self._cases) - left_out} of "
