@@ -215,8 +215,8 @@ class ScanLabelsConfig:
             For 2D configurations and thick slices; to be switched off for what may lie anywhere, such as lesions.
         arranged_only: from the first round of labels on only scans teach whose labels are arranged as in the annotation: that show every
             class which it shows, and in at least half of the slices have within its wall what one other class encloses there. The
-            others wait for the next round. Counts where ``contacts`` does, and a class is enclosed so; for annotations that networks
-            misunderstand, together with ``organ_scale``.
+            others wait for the next round. Counts where ``contacts`` does, and a class is enclosed so. ``None``: where no case has more
+            than one annotated slice. To be switched off where scans need not show every class.
         waists: likewise, where ``contacts`` is on, one that never touches some other one and has a waist, narrower than in the annotated
             images: there it is two that hang together. Not where a volume is annotated as a whole, which shows where organs end.
         places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or
@@ -243,7 +243,7 @@ class ScanLabelsConfig:
     levels: bool = True
     shared_appearance: bool = True
     contacts: bool = True
-    arranged_only: bool = False
+    arranged_only: bool | None = None
     waists: bool = True
     places: bool = True
     atlases: int = _between(0, 100, 3)
@@ -305,8 +305,9 @@ class CMEMSConfig:
         pseudo_class_weighting: ``class_weighting`` of the two consistency terms.
         exemplar_views: deformation of exemplar images.
         organ_scale: smallest and largest zoom factor of each organ of an exemplar or synthetic image about its own middle, drawn for each
-            organ on its own. ``[1, 1]``: organs keep their proportions. ``[0.5, 2]`` where the annotated ones are unlike those of most
-            scans, and networks take something else for the organs; it may cost accuracy where they do not.
+            organ on its own. ``[1, 1]``: organs keep their proportions. ``None``: 0.5 and 2 where ``arranged_only`` of ``scan_labels``
+            counts and no case has more than one annotated slice, which does not tell what proportions they have in other scans; else 1
+            and 1.
         supervised_intensity: appearance changes of exemplar and synthetic images.
         weak: appearance of weak views.
         strong: appearance of strong views, on top of the weak view's crop.
@@ -361,7 +362,7 @@ class CMEMSConfig:
     pseudo_dice: Literal["shown", "all"] = "shown"
     pseudo_class_weighting: float = _between(0.0, 1.0, 0.0)
     exemplar_views: SpatialConfig = SpatialConfig(rotation=45.0, scale=(0.6, 1.5), elastic=0.08)
-    organ_scale: tuple[float, float] = _between(0.35, 3.0, (1.0, 1.0))
+    organ_scale: tuple[float, float] | None = _between(0.35, 3.0, None)
     supervised_intensity: IntensityConfig = IntensityConfig(
         brightness=0.3, contrast=(0.65, 1.5), gamma=(0.6, 1.7), noise=0.1, blur=1.0, bias=0.3, curve=0.3, low_resolution=2.0
     )

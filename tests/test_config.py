@@ -44,6 +44,8 @@ def change_everything(values: dict[str, Any]) -> dict[str, Any]:
         "pseudo_dice": "all",
         "rampup_shape": "gaussian",
         "at": [0.25, 0.75, 0.875],
+        "organ_scale": [0.5, 1.75],
+        "arranged_only": True,
     }
     changed = {}
     for key, value in values.items():

@@ -51,7 +51,8 @@ from nnunetv2_cmems.trainers.scan_labels import starts
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
 AS_PREDICTED = {
-    "at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False, "outlines": False
+    "at": [0.5], "propagation": 0.0, "appearance": 0.0, "smoothing": 0.0, "growth": 0.0, "largest_piece": False, "outlines": False,
+    "arranged_only": False,
 }  # fmt: skip
 ON: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
 TURNED = {"at": [0.5], "turns_in_labels": [-60, 60]}
@@ -83,7 +84,7 @@ def keeping_labels(workspace: Workspace, prepare: Callable[[Workspace], dict[str
     ids=["2d", "3d", "regions"],
 )
 def test_a_training_with_a_round(workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], heads: int) -> None:
-    workspace.configure(**{**ON, "num_epochs": 3, "scan_labels": {"at": [0.3]}})
+    workspace.configure(**{**ON, "num_epochs": 3, "scan_labels": {"at": [0.3], "arranged_only": False}})
     trainer = workspace.make(**prepare(workspace))
     seen: list[dict[str, Tensor]] = []
     step = trainer.train_step
@@ -238,7 +239,7 @@ def test_labels_grow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prep
     """What grows is refined again, together with what the members say; the reach is a share of the patch's side."""
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(refinement, "grow", lambda labels, *rest: (seen.append((labels, *rest)), torch.ones_like(labels))[1])
-    config = {"appearance": 0.0, "smoothing": 0.0, "largest_piece": False}
+    config = {"appearance": 0.0, "smoothing": 0.0, "largest_piece": False, "arranged_only": False}
     for growth, grown in ((0.0, False), (0.25, True)):
         labels_of_scans = {"at": [0.5], "growth": growth, "outlines": False, **config}
         workspace.configure(**{**ON, "refine_predictions": False, "scan_labels": labels_of_scans})
@@ -441,15 +442,33 @@ def test_scans_that_are_not_arranged_as_annotated_wait(workspace: Workspace, mon
 
     monkeypatch.setattr(Contacts, "arranged", answer)
     monkeypatch.setattr(rounds, "remove", lambda trainer: None)  # what is made is looked at
-    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "arranged_only": True}})
+    workspace.configure(**ON)
     trainer = workspace.train()
     files = [np.load(path) for path in (Path(trainer.output_folder) / "scan_labels").glob("*/*.npy")]
     assert len(files) == len(UNLABELLED) and asked == [[1, 2, 3]] * len(files)
     assert all(arranged != bool((labels == LEFT_OUT).all()) for labels in files)
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
-    assert f"so that they teach ('scan_labels.arranged_only'): {len(files) * arranged} of {len(files)} scans." in log
+    assert f"so that they teach ('scan_labels.arranged_only'): {len(files) * arranged} of {len(files)} scans;" in log
     assert logs(trainer)["scan_labels_left_out"][-1] == len(files) * (not arranged)
     assert ("scan_label_dice/mean" in logs(trainer)) == arranged  # of those that teach
+
+
+@pytest.mark.parametrize(
+    ("config", "waiting"),
+    [
+        ({}, False),
+        ({"scan_labels": {"at": [0.5], "arranged_only": True}}, True),
+        ({"exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5], "arranged_only": False}}, False),
+    ],
+    ids=["two slices of a case", "asked for", "not asked for"],
+)
+def test_scans_wait_where_one_slice_is_annotated(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], waiting: bool
+) -> None:
+    monkeypatch.setattr(Contacts, "arranged", lambda *_: False)
+    workspace.configure(**{**ON, "exemplar": [EXEMPLAR, {**EXEMPLAR, "slice": EXEMPLAR["slice"] + 1}], **config})
+    log = next(Path(workspace.train().output_folder).glob("training_log_*.txt")).read_text()
+    assert ("so that they teach ('scan_labels.arranged_only'): 0 of" in log) == waiting
 
 
 @pytest.mark.parametrize(
@@ -899,7 +918,7 @@ def test_scans_of_cubic_voxels_are_not_turned(workspace: Workspace, monkeypatch:
 
 
 def test_labels_are_of_the_mean_over_turned_views(workspace: Workspace) -> None:
-    workspace.configure(**{**ON, "num_epochs": 3, "scan_labels": {"at": [0.3], "turns_in_labels": [-40, 60]}})
+    workspace.configure(**{**ON, "num_epochs": 3, "scan_labels": {"at": [0.3], "turns_in_labels": [-40, 60], "arranged_only": False}})
     trainer = workspace.make()
     workspace.interrupted(1, trainer)
     made, case, space = trainer._scan_labels, UNLABELLED[0], trainer.label_space
@@ -1086,7 +1105,7 @@ def broken_off(workspace: Workspace, name: str) -> None:
 
 def test_a_continued_training_ends_with_the_same_weights(workspace: Workspace) -> None:
     """With rounds before the epochs 1 and 2: killed before a round, and after both."""
-    workspace.configure(**{**ON, "num_epochs": 4, "tau": 0.4, "scan_labels": {"at": [0.25, 0.5]}})
+    workspace.configure(**{**ON, "num_epochs": 4, "tau": 0.4, "scan_labels": {"at": [0.25, 0.5], "arranged_only": False}})
     unbroken = workspace.make()
     end, left = unbroken.on_train_end, []
     unbroken.on_train_end = lambda: (left.append(unbroken._scan_labels.files.rounds()), end())

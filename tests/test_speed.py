@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnunetv2_cmems.commands.main import main
 from nnunetv2_cmems.config import CMEMSConfig, FeatureConfig, TermConfig
-from nnunetv2_cmems.method.exemplars import ExemplarBank
+from nnunetv2_cmems.method.exemplars import AS_ANNOTATED, ExemplarBank
 from nnunetv2_cmems.method.feature_perturbation import ChannelDropout
 from nnunetv2_cmems.method.label_space import Classes, LabelSpace, Regions
 from nnunetv2_cmems.method.losses import weights_from
@@ -52,7 +52,7 @@ def objective(d: int, space: LabelSpace, config: CMEMSConfig, ignore: bool, devi
         label[(slice(start, start + 4),) * d] = value
     if ignore:
         label[..., -3:] = -1
-    bank = ExemplarBank([torch.randn(1, *label.shape)], [label], [16] * d, device, reach=3, organ_scale=config.organ_scale)
+    bank = ExemplarBank([torch.randn(1, *label.shape)], [label], [16] * d, device, reach=3, organ_scale=config.organ_scale or AS_ANNOTATED)
     counts = space.counts(bank.labels).to(device)
     pseudo_weights = space.weights(bank.labels, 0.5).to(device)
 

@@ -27,6 +27,7 @@ from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS, nnUNetTrainerCMEMS_exemp
 
 UNLABELLED = [case for case in TRAINING if case != EXEMPLAR["case"]]
 OFF = TermConfig(enabled=False)
+ROUNDS: dict[str, Any] = {"num_epochs": 2, "exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5]}}
 
 
 def noise_in(workspace: Workspace, cases: list[str]) -> None:
@@ -172,15 +173,28 @@ def test_mirroring_at_inference_follows_the_exemplars_views(workspace: Workspace
     assert workspace.train().inference_allowed_mirroring_axes == (0, 1)
 
 
-def test_organs_of_exemplar_and_synthetic_images_change_their_sizes(workspace: Workspace) -> None:
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        ({"organ_scale": [1, 1]}, False),
+        ({"organ_scale": [0.5, 2]}, True),
+        (ROUNDS, True),
+        ({**ROUNDS, "organ_scale": [1, 1]}, False),
+        ({**ROUNDS, "scan_labels": {"at": [0.5], "arranged_only": False}}, False),
+        ({**ROUNDS, "exemplar": [{**EXEMPLAR, "slice": EXEMPLAR["slice"] + step} for step in (0, 1)]}, False),
+        ({}, False),
+    ],
+    ids=["as annotated", "asked for", "one slice", "not asked for", "all scans teach", "two slices of a case", "no rounds"],
+)
+def test_organs_of_exemplar_and_synthetic_images_change_their_sizes(workspace: Workspace, config: dict[str, Any], change: bool) -> None:
     still = {"probability": 0.0, "elastic": 0.0}
-    sizes = {}
-    for scale in ((1.0, 1.0), (0.5, 2.0)):
-        workspace.configure(organ_scale=list(scale), exemplar_views=still, synthesis={"joint": still, "separate": still})
-        trainer = workspace.train()
-        labels = torch.cat([trainer._objective.supervised_batch(None).labels for _ in range(8)])
-        sizes[scale] = {int((label == label.max()).sum()) for label in labels if label.any()}
-    assert len(sizes[1.0, 1.0]) == 1 and len(sizes[0.5, 2.0]) > 5
+    workspace.configure(**config, exemplar_views=still, synthesis={"joint": still, "separate": still})
+    trainer = workspace.train()
+    labels = torch.cat([trainer._objective.supervised_batch(None).labels for _ in range(8)])
+    sizes = {int((label == label.max()).sum()) for label in labels if label.any()}
+    assert (len(sizes) > 5) if change else (len(sizes) <= 2), "as annotated, in one slice or two"
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert ("each organ is zoomed on its own, by 0.5 to 2 ('organ_scale')" in log) == change
 
 
 def test_fold_all(workspace: Workspace) -> None:

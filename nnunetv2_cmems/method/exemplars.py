@@ -16,6 +16,9 @@ from nnunetv2_cmems.method.perturbations import Deformation, as_grid, draw_defor
 from nnunetv2_cmems.method.planes import AnnotatedPlane, look_up
 
 AS_ANNOTATED = 1.0, 1.0
+ANY_SIZE = 0.5, 2.0
+"""Zoom factors of organs where one slice is annotated, which does not tell what sizes they have beside each other in other scans."""
+
 UNDEFORMED = SpatialConfig(probability=0.0, elastic=0.0)
 _MOST_GROUPS = 16
 _CENTRES = 4096

@@ -38,7 +38,7 @@ from nnunetv2_cmems.data.unlabelled import UnlabelledLoader, check_images
 from nnunetv2_cmems.data.validation import ValidationLoader
 from nnunetv2_cmems.errors import CMEMSError, first_line, show_errors_as_sentences
 from nnunetv2_cmems.files import write_json
-from nnunetv2_cmems.method.exemplars import ExemplarBank, shows_every_class
+from nnunetv2_cmems.method.exemplars import ANY_SIZE, AS_ANNOTATED, ExemplarBank, shows_every_class
 from nnunetv2_cmems.method.losses import weights_from
 from nnunetv2_cmems.method.networks import MutualNetworks, count_members, splits
 from nnunetv2_cmems.method.objective import Objective, batch_sizes
@@ -251,6 +251,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         if others:
             fits(others, unlabelled[others[0]])
         self._record(list(unlabelled))
+        self._scan_labels = scan_labels.begin(self, unlabelled)
         self._prepare_objective()
         if self.config.log_hidden_accuracy and self.config.uses_unlabelled:
             self.hidden_labels = HiddenLabels.of(hidden, dataset, self.configuration_manager.patch_size, self.label_space)
@@ -258,7 +259,6 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         train: Iterator
         if self._needs_unlabelled:
             size = self._objective.batches.unlabelled or 2  # where only the synthetic stream needs them
-            self._scan_labels = scan_labels.begin(self, unlabelled)
             if self._scan_labels and self.config.refine_predictions:
                 self.mutual_networks.refinement = self._scan_labels.prediction_refinement.to_tensor().to(self.device)
             files = self._scan_labels.files if self._scan_labels else None
@@ -416,12 +416,17 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
                 raise CMEMSError(
                     f"'supervised' is switched off ({self._config_source}) and there can be no synthetic images: {why}; switch it on."
                 )
+        told_apart = self._scan_labels is not None and self._scan_labels.arranged_only  # scans that are misunderstood, from the others
+        sizes = config.organ_scale or (ANY_SIZE if told_apart and scan_labels.one_slice_a_case(self.exemplars) else AS_ANNOTATED)
+        config = dataclasses.replace(config, organ_scale=sizes)
+        if sizes != AS_ANNOTATED:
+            self.print_to_log_file(
+                f"In exemplar and synthetic images each organ is zoomed on its own, by {sizes[0]:g} to {sizes[1]:g} ('organ_scale')."
+            )
         images, labels = _sources(self.exemplars)
         patch, spacing = self.configuration_manager.patch_size, self.configuration_manager.spacing
         complete_only = config.synthesis.complete_only
-        bank = ExemplarBank(
-            images, labels, patch, self.device, reach(config.synthesis, patch), spacing, complete_only, config.organ_scale
-        )
+        bank = ExemplarBank(images, labels, patch, self.device, reach(config.synthesis, patch), spacing, complete_only, sizes)
         counts = self.label_space.counts(bank.labels).to(self.device)
 
         def weights(progress: float) -> Tensor:

@@ -96,6 +96,9 @@ class ScanLabels:
         self._config: ScanLabelsConfig = trainer.config.scan_labels
         if not has_thick_slices(trainer):
             self._config = dataclasses.replace(self._config, propagation=0.0)
+        single_slices = one_slice_a_case(trainer.exemplars)
+        if self._config.arranged_only is None:
+            self._config = dataclasses.replace(self._config, arranged_only=single_slices)
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
         self._registered = {case: cases[case] for case in chosen(cases, max(self._config.most_scans, MOST_REGISTERED))}
@@ -121,7 +124,7 @@ class ScanLabels:
         drawn = [label[0].numpy() if self._planar else label.numpy() for _, label in shown]
         contacts = Contacts.of(drawn, self._space, waists=waists)
         alike = alike_apart(shown, contacts, self._space) if contacts and self._config.shared_appearance else ()
-        turned = self._planar and trainer.config.num_members > 1 and one_slice_a_case(trainer.exemplars)
+        turned = self._planar and trainer.config.num_members > 1 and single_slices
         turns, turns_in_labels = (self._config.turns, self._config.turns_in_labels) if turned else ((), ())
         rule = dataclasses.replace(self._config, turns=turns_in_labels)
         self.refinement = Refinement(rule, single, share, places, outlines, grows, reach)
@@ -241,7 +244,7 @@ class ScanLabels:
             labels = self._labels_of(prediction.logits, image, prediction.in_slices, known)
             if contacts is not None:
                 slices.append(contacts.within(labels))
-                if self._config.arranged_only and known is None and not contacts.arranged(labels, self._drawn_classes):
+                if self.arranged_only and known is None and not contacts.arranged(labels, self._drawn_classes):
                     labels = np.full_like(labels, LEFT_OUT)
                     waiting.append(case)
             return case, labels
@@ -253,12 +256,12 @@ class ScanLabels:
         trainer.history.add({"scan_label_passes": members * sum(distributed.gathered(windows))}, trainer.current_epoch)
         if contacts is not None:
             self._tell_of_walls(trainer, contacts.walled, distributed.gathered(slices), begin == self.begins[-1])
-            if self._config.arranged_only:
+            if self.arranged_only:
                 left_out = len(distributed.gathered(waiting))
                 trainer.history.add({"scan_labels_left_out": left_out}, trainer.current_epoch)
                 trainer.print_to_log_file(
                     f"Arranged as in the annotation, so that they teach ('scan_labels.arranged_only'): {len(self._cases) - left_out} of "
-                    f"{len(self._cases)} scans."
+                    f"{len(self._cases)} scans; where scans need not show every class, switch it off."
                 )
 
     @property
@@ -268,9 +271,9 @@ class ScanLabels:
         return contacts if contacts is not None and any(contacts.walled) else None
 
     @property
-    def asks_in_vain(self) -> bool:
-        """Whether scans are to be ``arranged_only``, and nothing says how."""
-        return self._config.arranged_only and self._walls is None
+    def arranged_only(self) -> bool:
+        """Whether only scans teach whose labels are arranged as in the annotation."""
+        return bool(self._config.arranged_only) and self._walls is not None
 
     def _write(
         self,
@@ -350,7 +353,7 @@ class ScanLabels:
                 " The networks have hardly understood the organs: unlabelled.png shows in the end what they take for them, and another "
                 "annotated slice, or a second one, helps. "
             )
-            if trainer.config.organ_scale == AS_ANNOTATED:
+            if trainer._objective.config.organ_scale == AS_ANNOTATED:
                 told += (
                     "If the annotated organs have unusual sizes beside each other, 'organ_scale' of [0.5, 2] and "
                     "'scan_labels.arranged_only' may help, too. "
@@ -560,7 +563,7 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
             f"Round in every annotated slice, and so drawn along their outlines in other scans: {', '.join(names)}; for what may have any "
             "shape, such as lesions, switch off 'scan_labels.outlines'."
         )
-    if made is not None and made.asks_in_vain:
+    if made is not None and config.scan_labels.arranged_only and not made.arranged_only:
         trainer.print_to_log_file(
             "No annotated class is enclosed by one other alone, or 'scan_labels.contacts' does not count: all scans teach, and "
             "'scan_labels.arranged_only' changes nothing."
