@@ -64,13 +64,15 @@ def overrides(config: Any) -> st.SearchStrategy[dict[str, Any]]:
             return overrides(value)
         if field.name == "exemplar":
             return st.one_of(st.sampled_from(["auto", "all", "one"]), st.lists(st.sampled_from(EXEMPLARS), min_size=1, max_size=3))
+        nothing = st.none() if type(None) in options else st.nothing()
         if limits is None:
-            return st.booleans() if isinstance(value, bool) else st.sampled_from(options)
+            flag = isinstance(value, bool) or bool in options
+            return st.booleans() | nothing if flag else st.sampled_from(options)
         whole = hints[field.name] is int or int in options
         number = st.integers(*limits) if whole else st.floats(*limits)
-        if isinstance(value, tuple):
-            return st.lists(number, min_size=2, max_size=2).map(sorted)
-        return st.one_of(st.none(), number) if type(None) in options else number
+        if isinstance(value, tuple) or any(typing.get_origin(option) is tuple for option in options):
+            return st.lists(number, min_size=2, max_size=2).map(sorted) | nothing
+        return number | nothing
 
     return st.fixed_dictionaries({}, optional={field.name: values(field) for field in dataclasses.fields(config)})
 
