@@ -26,7 +26,6 @@ SMALLEST_PART = 0.1
 """A connected piece of a class is an organ of its own if it has this part of the voxels of the largest one."""
 
 
-
 class Organs(NamedTuple):
     """Where the N organs of an image lie.
 
