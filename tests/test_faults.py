@@ -7,6 +7,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -279,6 +280,16 @@ def test_following_the_advice_about_memory_helps(workspace: Workspace) -> None:
     assert resumed.current_epoch == 2 and resumed._objective.batches.exemplar == 1
     workspace.configure(num_epochs=2, unlabelled_batch=1)
     assert "unlabelled_batch" in refusal(workspace.resume), "which --c refuses, as the sentence says"
+
+
+def test_annotated_slices_that_do_not_fit_into_memory(workspace: Workspace) -> None:
+    """No smaller batch makes room for them."""
+    two = [EXEMPLAR, {**EXEMPLAR, "slice": 2}]
+    for exemplars, said in ((two, "all 2 annotated slices .* fewer in 'exemplar'"), ([EXEMPLAR], "patch_size")):
+        workspace.configure(exemplar=exemplars)
+        trainer = workspace.make()
+        trainer._prepare_objective = fail(on_the_gpu)
+        assert re.search(f"ran out in epoch 0, step 0.*{said}", refusal(trainer.run_training))
 
 
 def test_out_of_memory_of_a_gpu_is_named() -> None:

@@ -130,9 +130,16 @@ def not_finite(trainer: Any, what: str, why: str) -> CMEMSError:
     )
 
 
+_NO_WEIGHTS = ("refinement", "atlases")
+"""Buffers of :class:`~nnunetv2_cmems.method.networks.MutualNetworks` that no step changes."""
+
+
 def broken_weights(network: nn.Module) -> str:
-    """A sentence that names weights and buffers with NaN or infinity; "" where there are none. Waits for the device once."""
-    state = {name: value for name, value in network.state_dict().items() if value.is_floating_point()}
+    """A sentence that names weights and buffers with NaN or infinity; "" where there are none. Waits for the device once.
+
+    The rule of predictions and what it keeps of annotated volumes are no weights: a rule has NaN and infinity where it knows no limit.
+    """
+    state = {name: value for name, value in network.state_dict().items() if value.is_floating_point() and name not in _NO_WEIGHTS}
     finite = torch.stack([value.isfinite().all() for value in state.values()]).cpu()
     broken = [name for name, good in zip(state, finite) if not good]
     return f"the networks' weights are broken ({some(broken)})" if broken else ""
@@ -395,7 +402,12 @@ def _asked_for(error: BaseException) -> str:
 
 
 def _smaller(trainer: Any) -> str:
-    """What makes a step of the training smaller, in the order of how much it changes."""
+    """What makes a step of the training smaller, in the order of how much it changes; before the first one, what it needs at least."""
+    if trainer._objective is None and len(trainer.exemplars) > 1:
+        return (
+            f"all {len(trainer.exemplars)} annotated slices and volumes must fit in it beside the networks: end other programs that use "
+            "it, or name fewer in 'exemplar' in cmems.json; start again without --c"
+        )
     config = trainer.config if trainer._objective is None else trainer._objective.config  # without streams that cannot be
     plans = os.path.join(trainer.preprocessed_dataset_folder_base, f"{trainer.plans_manager.plans_name}.json")
     batches, smallest = (batch_sizes(config, planned) for planned in (trainer.configuration_manager.batch_size, 1))
