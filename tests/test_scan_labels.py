@@ -633,6 +633,7 @@ def test_scans_that_cannot_be_registered(workspace: Workspace, monkeypatch: pyte
     assert trainer._scan_labels.files.rounds() == [0, 2] or (in_space and not enough)
     assert trainer._scan_labels.files.cases(2) == (set() if in_space and not enough else set(UNLABELLED))
     assert plain(trainer) != enough
+    assert (trainer.mutual_networks.refinement is None) == (in_space and not enough), "who labels no scan refines no prediction"
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
     assert f"onto 1 of 3 unlabelled scans: {'their' if enough else 'too few'}" in log
 
@@ -906,6 +907,30 @@ def test_one_slice_does_not_tell_how_scans_lie(
     assert rules.refinement.config.turns == ((-60, 60) if labels else ())
     assert ("seen turned, too, by -60, -30, 30, 60 degrees" in log) == predictions
     assert ("see them turned, too, by -60, 60 degrees" in log) == labels
+
+
+def test_slices_across_thick_voxels_lie_close_together(workspace: Workspace) -> None:
+    """As coronal ones do where axial ones are thick; the painted axis comes first."""
+    spacings = {(8.0, 1.5, 1.5): True, (1.5, 8.0, 1.5): False, (1.5, 1.5, 8.0): False, (1.5, 1.5, 1.5): False}
+    assert {spacing: prediction_module.is_planar(spacing) for spacing in spacings} == spacings and prediction_module.is_planar((1.5, 8.0))
+    for spacing, thick in spacings.items():
+        trainer = workspace.make(plans={**workspace.plans(), "original_median_spacing_after_transp": list(spacing)})
+        assert rounds.has_thick_slices(trainer) == thick
+
+
+@pytest.mark.parametrize(
+    "exemplars",
+    [[{"case": CASES[1], "slice": 1}, {"case": CASES[1], "slice": 2}, {"case": CASES[0], "slice": 2}], [{"case": CASES[1]}]],
+    ids=["slices of two cases", "a volume"],
+)
+def test_an_organ_whose_place_is_not_known(workspace: Workspace, exemplars: list[dict[str, Any]]) -> None:
+    """Its place is not a number in the rule of predictions, which is no fault of the networks' weights."""
+    label = workspace.label(CASES[1])
+    label[label == 3] = 0
+    workspace.set_label(CASES[1], label)
+    workspace.configure(**{**ON, "exemplar": exemplars, "allow_missing_classes": True})
+    trainer = workspace.train()
+    assert not trainer.mutual_networks.refinement.isfinite().all() and trainer.current_epoch == 2
 
 
 def test_scans_of_cubic_voxels_are_not_turned(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,8 +219,12 @@ def predict_refined(predictor: nnUNetPredictor, input_image: Tensor) -> Tensor:
 
 
 def is_planar(spacing: Any) -> bool:
-    """Whether a configuration of this spacing is 2D, or its voxels more than three times as thick as wide."""
-    return len(rotation_planes(spacing)) == 1
+    """Whether a configuration of this spacing is 2D, or its voxels more than three times as thick along the first axis as along another.
+
+    Thick along another axis they are where slices are painted across an image's own (:func:`~nnunetv2_cmems.data.planning.make_plans` puts
+    the painted axis first): these slices lie close together, and are not turned within themselves.
+    """
+    return len(spacing) == 2 or rotation_planes(spacing) == [(1, 2)]
 
 
 nnUNetPredictor.predict_sliding_window_return_logits = predict_refined

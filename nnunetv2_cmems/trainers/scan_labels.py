@@ -157,6 +157,8 @@ class ScanLabels:
         distributed.wait_for_all()  # every process has looked
         if self.atlases and 0 not in there:
             self._register(trainer)
+        if not self.files.cases(0) and not (any(self.begins) and self._members_label()):  # registration has failed, and nothing else labels
+            trainer.mutual_networks.refinement = None
         if begun and begun[-1] and self._members_label() and (begun[-1] == epoch or begun[-1] not in there):
             self._make(trainer, begun[-1])
         elif len(there) > 1 and not trainer.local_rank:
