@@ -64,6 +64,19 @@ def test_one_labelled_case_is_enough(hers: Workspace, fold: int | str) -> None:
     assert not (hers.base / "splits_final.json").exists(), "nnU-Net would split by it for ever"
 
 
+def test_the_exemplar_that_is_chosen_validates_nothing(workspace: Workspace) -> None:
+    """In fold ``all``, where every other labelled case does; neither in a training that begins nor in one that goes on."""
+    move_to_unlabelled(workspace, CASES[3:])
+    workspace.configure(exemplar="one", num_epochs=2)
+    begun = workspace.interrupted(1, workspace.make(fold="all"))
+    (chosen,) = record(workspace, "all")["exemplars"]
+    validated = [case for case in CASES[:3] if case != chosen["case"]]
+    continued = workspace.resume(fold="all")
+    continued.run_training()
+    for trainer in (begun, continued):
+        assert sorted(trainer.dataloader_val.data_loader._data.identifiers) == validated == trainer.do_split()[1]
+
+
 def test_the_end_of_training_shows_unlabelled_scans(hers: Workspace, pools_are_threads: None) -> None:
     trainer = hers.train()
     trainer.perform_actual_validation()

@@ -233,6 +233,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
         dataset = self.preprocessed_dataset()
         self.exemplars = self._find_exemplars(training, dataset)
         annotated = {exemplar.case for exemplar in self.exemplars}
+        if self._spares_exemplars(dataset):  # one that is chosen only now, too
+            validation = [case for case in validation if case not in annotated]
         unlabelled = self._find_unlabelled(dataset, training, annotated, validation)
         if self._needs_unlabelled and not unlabelled:
             raise CMEMSError(
@@ -276,14 +278,14 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, except where there are too few labelled cases for one: all of them are then training cases.
 
-        In fold ``all`` the exemplars are no validation cases.
+        In fold ``all`` of a data set with scans in ``imagesUn`` the exemplars are no validation cases, as far as they are known already.
         """
         dataset = self.preprocessed_dataset()
         cases = sorted(dataset.dataset_class.get_identifiers(dataset.folder))
         if self.fold == "all":
             if takes_all_annotations(self.config.exemplar, dataset.folder):
                 return cases, []
-            chosen = self._chosen_exemplars() if os.path.isdir(unlabelled_folder(dataset.folder)) else []
+            chosen = self._chosen_exemplars() if self._spares_exemplars(dataset) else []
             return cases, [case for case in cases if case not in {spec.case for spec in chosen}]
         splits_file = os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json")
         if os.path.lexists(splits_file):
@@ -292,6 +294,10 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             self.print_to_log_file(f"{len(cases)} labelled case{'s' if len(cases) > 1 else ''}, too few to split: training on all of them.")
             return cases, []
         return super().do_split()
+
+    def _spares_exemplars(self, dataset: PreprocessedDataset) -> bool:
+        """Whether all labelled cases are training and validation cases at once, but for the exemplars."""
+        return self.fold == "all" and os.path.isdir(unlabelled_folder(dataset.folder))
 
     def preprocessed_dataset(self) -> PreprocessedDataset:
         """What the data layer has to know about the preprocessed folder."""
