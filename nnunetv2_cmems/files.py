@@ -10,6 +10,9 @@ from typing import Any
 
 from nnunetv2_cmems.errors import CMEMSError, clipped, first_line
 
+OURS = "nnunetv2_cmems"
+"""The key of what we add to nnU-Net's files."""
+
 
 def nnunet_folder(variable: str, holds: str) -> str:
     """The folder that one of nnU-Net's environment variables names.

@@ -292,6 +292,24 @@ def test_exported_files(model_folder: Path, trained: list[MutualNetworks], tmp_p
     assert all(torch.equal(checkpoint["network_weights"][key], value) for key, value in expected.items())
 
 
+def test_no_scan_is_named(trained: list[MutualNetworks], model_folder: Path, tmp_path: Path) -> None:
+    """Names of files often are names of patients."""
+    listed = {**DATASET_JSON, "dataset": {"Doe_John": {"images": ["Doe_John.nii.gz"], "label": "Doe_John_seg.nii.gz"}}}
+    record = {"config": {}, "exemplars": [{"case": "Doe_John", "slice": 4, "axis": "z"}]}
+    fingerprint = {"spacings": [[1.0, 1.0, 1.0]], "nnunetv2_cmems": {"labelled": ["Doe_John"], "unlabelled": ["Roe_Jane"]}}
+    init_args = {"plans": PLANS, "configuration": "2d", "fold": 0, "dataset_json": listed, "cmems": record}
+    save(trained[0], model_folder / "fold_0" / "checkpoint_final.pth", init_args=init_args)
+    (model_folder / "dataset.json").write_text(json.dumps(listed))
+    (model_folder / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    out = tmp_path / "out"
+    export_model(str(model_folder), [0], str(out))
+    assert json.loads((out / "dataset.json").read_text()) == DATASET_JSON
+    assert json.loads((out / "dataset_fingerprint.json").read_text()) == {"spacings": [[1.0, 1.0, 1.0]]}
+    for path in out.rglob("*.*"):
+        whole = repr(torch.load(path, weights_only=True)["init_args"]) if path.suffix == ".pth" else path.read_text()
+        assert "Doe" not in whole and "Roe" not in whole, path
+
+
 def test_tensors_stay_shared(model_folder: Path, tmp_path: Path) -> None:
     """nnU-Net's networks name a tensor several times over; the file must hold it once."""
     export_model(str(model_folder), [0], str(tmp_path / "out"), member=1)

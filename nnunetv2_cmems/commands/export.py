@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nnunetv2_cmems.commands.device import check_device
 from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.files import find_dataset
+from nnunetv2_cmems.files import OURS, find_dataset, read_json
 from nnunetv2_cmems.method.networks import count_members, shapes
 
 HELP = "Write a model folder that nnU-Net predicts with, also where this package is not installed."
@@ -38,6 +38,7 @@ DISTIL_STEPS = 300
 
 _SOURCES = "exported_from.json"
 _COPIED = {"plans.json": True, "dataset.json": True, "dataset_fingerprint.json": False}  # file -> is it needed?
+_LISTS_SCANS = {"dataset.json": "dataset", "dataset_fingerprint.json": OURS}  # file -> the key that does
 
 
 class Exported(NamedTuple):
@@ -133,7 +134,8 @@ def export_model(
     ``fold_0`` of the output is the first member of the first trained fold, ``fold_1`` its second member,
     and so on through the trained folds. The output appears complete or not at all. Its checkpoints serve
     prediction and ``nnUNetv2_train -pretrained_weights``; a training cannot be continued from them. They
-    hold tensors and plain types only (``torch.load(..., weights_only=True)`` reads them). Members of another architecture than
+    hold tensors and plain types only (``torch.load(..., weights_only=True)`` reads them), and neither they nor the files beside them name
+    a scan of the training. Members of another architecture than
     the plans' are left out, as a stock nnU-Net cannot build them; :func:`export_student` is for these.
 
     Args:
@@ -248,7 +250,7 @@ def _model_folder(
         with _writing(output):
             for name in _COPIED:
                 if os.path.isfile(os.path.join(model_folder, name)):
-                    shutil.copyfile(os.path.join(model_folder, name), os.path.join(temporary, name))
+                    _copy_without_names(os.path.join(model_folder, name), os.path.join(temporary, name))
             with open(os.path.join(temporary, _SOURCES), "w", encoding="utf-8") as out:
                 model = os.path.basename(os.path.abspath(model_folder))
                 json.dump({"model": model, "folds": sources, "left_out": list(left_out)}, out, indent=2)
@@ -257,6 +259,21 @@ def _model_folder(
             os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_without_names(source: str, target: str) -> None:
+    """Copy one of nnU-Net's files, but for what lists scans: their names are patients' names at times, and of no use in predictions."""
+    key = _LISTS_SCANS.get(os.path.basename(source), "")
+    content = read_json(source, "restore the file, or train again") if key else {}
+    if key not in content:
+        shutil.copyfile(source, target)
+        return
+    with open(target, "w", encoding="utf-8") as out:
+        json.dump(_without(content, key), out, indent=4)
+
+
+def _without(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != key}
 
 
 @contextlib.contextmanager
@@ -357,10 +374,12 @@ def _positive(text: str) -> int:
 
 def _stock_checkpoint(content: Mapping[str, Any], member: int, fold: int) -> dict[str, Any]:
     """All keys of a checkpoint of nnU-Net's, of which the state of the training is empty."""
-    from nnunetv2_cmems.trainers.resume import RANDOM, plain  # as in _load, which has imported it
+    from nnunetv2_cmems.trainers.cmems import RECORD  # as in _load, which has imported it
+    from nnunetv2_cmems.trainers.resume import RANDOM, plain
 
     axes = content.get("inference_allowed_mirroring_axes")
-    init_args = {key: value for key, value in content["init_args"].items() if key not in ("device", RANDOM)}
+    init_args = {key: value for key, value in content["init_args"].items() if key not in ("device", RANDOM, RECORD)}
+    init_args["dataset_json"] = _without(init_args["dataset_json"], _LISTS_SCANS["dataset.json"])
     return {
         "network_weights": _member_weights(content["network_weights"], member),
         "optimizer_state": None,

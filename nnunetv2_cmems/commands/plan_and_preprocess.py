@@ -12,7 +12,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_cmems.data.annotation import AXES
 from nnunetv2_cmems.data.planning import (
-    OURS,
     SCANS,
     PlannerOptions,
     Plans,
@@ -26,7 +25,7 @@ from nnunetv2_cmems.data.preprocessing import check_space, copy_masks, plan_task
 from nnunetv2_cmems.data.raw import RawCase, RawDataset, open_raw, source_state
 from nnunetv2_cmems.data.sources import read_splits
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.files import write_json
+from nnunetv2_cmems.files import OURS, write_json
 
 HELP = """\
 nnU-Net's planning and preprocessing for a data set with unlabelled scans.

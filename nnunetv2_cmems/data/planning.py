@@ -41,10 +41,7 @@ from tqdm import tqdm
 from nnunetv2_cmems.data.annotation import AXES, Annotation, LabelValues, complete_plane, read_annotation
 from nnunetv2_cmems.data.raw import RawCase, RawDataset, check_header
 from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.files import environment, to_json, write_json, write_text
-
-OURS = "nnunetv2_cmems"
-"""The key of what we add to nnU-Net's files."""
+from nnunetv2_cmems.files import OURS, environment, to_json, write_json, write_text
 
 SCANS = "cmems_scans.json"
 """In the data set's preprocessed folder: what :func:`examine` found, so that a second call reads only what changed."""

@@ -27,12 +27,12 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
-from nnunetv2_cmems.data.planning import OURS, Scan, annotation_to_json, in_processes
+from nnunetv2_cmems.data.planning import Scan, annotation_to_json, in_processes
 from nnunetv2_cmems.data.raw import RawCase, RawDataset, source_state
 from nnunetv2_cmems.data.sources import MANIFEST, unlabelled_folder
 from nnunetv2_cmems.data.unlabelled import resampled_shape
 from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.files import write_json
+from nnunetv2_cmems.files import OURS, write_json
 
 _VERSION = 1  # of what is written; another one is redone
 _ENDINGS = ("_seg.b2nd", ".b2nd", "_seg.npy", ".npy", ".npz", ".pkl")  # of a preprocessed case; the longer ones first
