@@ -55,6 +55,19 @@ def test_a_plane_with_explicit_background_keeps_its_gaps() -> None:
     assert complete_plane(labels, 3) is labels
 
 
+def test_what_a_rubber_has_left_is_no_scribble() -> None:
+    """Programs erase with 0; whoever paints into the template and erases here and there means all else to be background."""
+    mask = empty()
+    mask[4, 3:9, 2:12] = 1
+    mask[4, 3, 2:8] = 0
+    assert read_annotation(mask, VALUES, "m").partial == ()
+    completed = complete_plane(mask[4], 3)
+    assert not (completed == 3).any() and (completed == 1).sum() == 54
+    mask[4, 15] = 0
+    assert read_annotation(mask, VALUES, "m").partial == ((0, 4),), "half as much background as organs is painted on purpose"
+    assert complete_plane(mask[4], 3) is not None and (complete_plane(mask[4], 3) == mask[4]).all()
+
+
 def test_planes_along_different_axes() -> None:
     mask = empty()
     mask[2], mask[:, 7] = 0, 0
@@ -106,5 +119,6 @@ def test_a_template_value_that_dataset_json_does_not_name() -> None:
     values = LabelValues.of({"labels": {"background": 0, "wall": 1, "cavity": 2}})
     mask = empty()
     mask[2, 3:5, 3:5] = 1
-    with pytest.raises(CMEMSError, match='add "ignore": 3 to the labels'):
-        read_annotation(mask, values, "m")
+    for kind in (np.uint8, np.float32):  # as nnU-Net's readers deliver them
+        with pytest.raises(CMEMSError, match='add "ignore": 3 to the labels'):
+            read_annotation(mask.astype(kind), values, "m")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -135,7 +136,7 @@ def test_files(raw: Path, base: Path) -> None:
     content = manifest(base)
     assert content["complete"] is True and content["skipped"] == {}
     assert content["labelled"] == [LABELLED] and content["unlabelled"] == UNLABELLED
-    assert content["annotation"] == {LABELLED: {"planes": [["z", SLICE]], "classes": [1, 2, 3]}}
+    assert content["annotation"] == {LABELLED: {"planes": [["z", SLICE]], "classes": [1, 2, 3], "partial": []}}
     state = scan_path(raw, UNLABELLED[0]).stat()
     assert content["cases"][UNLABELLED[0]]["sources"] == {f"imagesUn/{UNLABELLED[0]}_0000.nii.gz": [state.st_size, state.st_mtime_ns]}
     plans = json.loads((base / "nnUNetPlans.json").read_text())
@@ -210,7 +211,7 @@ def test_empty_surroundings_do_not_change_the_normalisation(raw: Path, base: Pat
     np.testing.assert_array_equal(image(base, LABELLED), image(base, UNLABELLED[0]))
 
 
-def test_ct_is_normalised_by_all_scans(raw: Path, base: Path) -> None:
+def test_ct_is_normalised_by_all_scans(raw: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     describe(raw, channel_names={"0": "CT"})
     run()
     statistics = json.loads((base / "nnUNetPlans.json").read_text())["foreground_intensity_properties_per_channel"]["0"]
@@ -221,6 +222,10 @@ def test_ct_is_normalised_by_all_scans(raw: Path, base: Path) -> None:
     edit(scan_path(raw, UNLABELLED[0]), lambda scan: scan * 2)
     run()
     assert redone(before, stamps(base)) == {UNLABELLED[0]}, "the fingerprint is kept"
+    assert "CT is normalised" not in capsys.readouterr().out
+    paint(raw, LABELLED, (0, SLICE))
+    run()
+    assert f"intensities by which CT is normalised were measured before '{LABELLED}' changed" in capsys.readouterr().out
     run(clean=True)
     assert redone(before, stamps(base)) == {LABELLED, *UNLABELLED}
 
@@ -538,9 +543,44 @@ def test_unreadable_scan_is_skipped_when_asked_for(raw: Path, base: Path, capsys
     assert list(manifest(base)["skipped"]) == [UNLABELLED[1]] and manifest(base)["unlabelled"] == [UNLABELLED[0], UNLABELLED[2]]
     assert "1 scan(s) were skipped" in (said := capsys.readouterr().out) and str(path) in said
     before = stamps(base)
+    run(skip_unreadable=True)
+    assert "The fingerprint was made" not in capsys.readouterr().out, "nothing has changed"
     path.write_bytes(whole)
     run()
     assert redone(before, stamps(base)) == {UNLABELLED[1]} and not manifest(base)["skipped"]
+
+
+def test_a_broken_link_is_skipped_when_asked_for(raw: Path, base: Path) -> None:
+    path = scan_path(raw, UNLABELLED[1])
+    path.unlink()
+    path.symlink_to(raw / "gone.nii.gz")
+    assert str(path) in refusal(run)
+    run(skip_unreadable=True)
+    assert list(manifest(base)["skipped"]) == [UNLABELLED[1]] and manifest(base)["unlabelled"] == [UNLABELLED[0], UNLABELLED[2]]
+
+
+def test_slices_that_are_annotated_in_part_are_named(raw: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    assert "Annotated in part" not in capsys.readouterr().out
+
+    def erase(labels: np.ndarray, pixels: int) -> np.ndarray:
+        labels[SLICE][labels[SLICE] == 0] = NOT_ANNOTATED
+        labels[SLICE, 0, :pixels] = labels[SLICE, 1, :pixels] = 0
+        return labels
+
+    for pixels, said in ((3, False), (SHAPE[2], True)):
+        edit(mask_path(raw), functools.partial(erase, pixels=pixels))
+        for _ in range(2):  # also where the mask is not read again
+            run()
+            told = capsys.readouterr().out
+            assert (f"Annotated in part, beside background (0): slice {SLICE} along z of {mask_path(raw)}." in told) == said
+            assert f"paint what holds 0 there with {NOT_ANNOTATED}" in told or not said
+
+
+def test_images_of_another_ending_are_named(raw: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(scan_path(raw, UNLABELLED[0]), raw / "imagesUn" / "other_0000.NII.GZ")
+    run()
+    assert "1 image(s) do not end with '.nii.gz'" in (said := capsys.readouterr().out) and "other_0000.NII.GZ" in said
 
 
 @pytest.mark.parametrize("place", ["raw", "preprocessed"])

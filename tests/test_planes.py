@@ -283,6 +283,13 @@ def test_a_slice_painted_into_a_mask_of_zeros_is_not_taken_for_a_volume(tmp_path
     assert "gt_segmentations" in str(error.value)
 
 
+def test_nor_are_several_slices_of_which_none_lies_beside_another(tmp_path: Path) -> None:
+    mask = np.zeros((12, 20, 20), dtype=np.uint8)
+    mask[[2, 5, 8], 5:9, 5:9], mask[[2, 5, 8], 6:8, 6:8] = 1, 2
+    with pytest.raises(CMEMSError, match=r"organs on single slices only \(2, 5, 8 along z\).*fill them with 3"):
+        exemplars_of(tmp_path, mask)
+
+
 def test_that_slice_can_be_named(tmp_path: Path) -> None:
     mask = np.zeros((12, 20, 20), dtype=np.uint8)
     mask[4, 5:9, 5:9], mask[4, 6:8, 6:8] = 1, 2

@@ -14,7 +14,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from skimage import io
 
 from nnunetv2_cmems.data.phantom import LABELS, write_dataset
-from nnunetv2_cmems.data.raw import open_raw, source_state
+from nnunetv2_cmems.data.raw import left_out, open_raw, source_state
 from nnunetv2_cmems.errors import CMEMSError
 
 NAME = "Dataset027_Names"
@@ -81,6 +81,13 @@ def test_hidden_files_are_nobodys_scans(raw: Path) -> None:
     touch(raw / "imagesUn" / "._c_0000.nii.gz")
     touch(raw / "labelsTr" / ".DS_Store")
     assert list(open_raw(27).cases) == ["a", "b_7", "c"]
+
+
+def test_images_that_end_otherwise_are_named(raw: Path) -> None:
+    assert left_out(open_raw(27)) == []
+    for name in ("imagesUn/d_0000.nii", "imagesTr/E_0000.NII.GZ", "labelsTr/a.nrrd", "imagesUn/notes.txt", "imagesUn/._b_7_0000.nii"):
+        touch(raw / name)
+    assert left_out(open_raw(27)) == [str(raw / name) for name in ("imagesTr/E_0000.NII.GZ", "labelsTr/a.nrrd", "imagesUn/d_0000.nii")]
 
 
 def test_value_of_not_annotated(raw: Path) -> None:

@@ -16,13 +16,16 @@ import SimpleITK as sitk
 from matplotlib.image import imread
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from skimage import io
 from skimage.io import imsave
 
 from nnunetv2_cmems.commands import suggest as command
 from nnunetv2_cmems.commands.main import main
 from nnunetv2_cmems.data.phantom import SPACING, make_scan, write_dataset
+from nnunetv2_cmems.data.planning import examine
 from nnunetv2_cmems.data.raw import RawCase, RawDataset, open_raw
 from nnunetv2_cmems.data.suggestion import ScanSummary, display_plane, rank_slices, slice_axis, summarise_scan, viewer_place
+from nnunetv2_cmems.errors import CMEMSError
 
 ID, NAME = 903, "Dataset903_Suggest"
 SHAPE = (8, 48, 48)
@@ -503,6 +506,27 @@ def test_two_dimensional_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert mask.shape == (1, 1, 48, 48) and (mask == 2).all() and '"ignore": 2 was added' in text
     assert "ITK-SNAP: slice" not in text
     assert imread(folder / "suggestions" / "suggestion_1.png").ndim == 3
+
+
+def test_tiff_volumes_have_their_spacing_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_images(tmp_path, ".tif")
+    for path in (folder / "imagesUn").iterdir():
+        imsave(path, make_scan((3, int(path.name[3])), SHAPE)[0], check_contrast=False)
+        (folder / "imagesUn" / f"{path.name[:4]}.json").write_text(json.dumps({"spacing": [8, 1.5, 1.5]}))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    assert run("-n", "1", "--move") == 0
+    assert "Copy the .json that lies beside the empty mask" in capsys.readouterr().out
+    (mask,) = (folder / "suggestions").glob("img*.tif")
+    (folder / "labelsTr").mkdir(exist_ok=True)
+    painted = io.imread(mask)
+    painted[4, 10:20, 10:20] = 1
+    imsave(folder / "labelsTr" / mask.name, painted, check_contrast=False)
+    with pytest.raises(CMEMSError, match=rf"differ in spacing.*it has to stand in .*labelsTr/{mask.stem}\.json beside it"):
+        examine(open_raw(ID))
+    shutil.copy(mask.with_suffix(".json"), folder / "labelsTr")
+    examine(open_raw(ID))
 
 
 def test_regions_and_ignore_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

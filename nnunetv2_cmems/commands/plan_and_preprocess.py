@@ -22,10 +22,10 @@ from nnunetv2_cmems.data.planning import (
     make_plans,
 )
 from nnunetv2_cmems.data.preprocessing import check_space, copy_masks, plan_task, preprocess
-from nnunetv2_cmems.data.raw import RawCase, RawDataset, open_raw, source_state
+from nnunetv2_cmems.data.raw import RawCase, RawDataset, open_raw, source_state, tell_of_left_out
 from nnunetv2_cmems.data.sources import read_splits
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.files import OURS, write_json
+from nnunetv2_cmems.files import OURS, some, write_json
 
 HELP = """\
 nnU-Net's planning and preprocessing for a data set with unlabelled scans.
@@ -38,7 +38,7 @@ the annotated voxels count, and the voxels of unlabelled scans, each with the sh
 are foreground. Where slices along one axis are annotated, 2D slices are cut along that axis.
 
 A second call does only what has changed, and goes on after an interruption. The fingerprint (spacings and intensities) stays as
-it is when scans are added or removed; --clean makes it anew. Then train with nnUNetv2_train -tr nnUNetTrainerCMEMS."""
+it is when scans are added or removed, or masks change; --clean makes it anew. Then train with nnUNetv2_train -tr nnUNetTrainerCMEMS."""
 
 _DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres")
 
@@ -114,6 +114,7 @@ def plan_and_preprocess(
     """
     options = options or PlannerOptions()
     dataset = open_raw(dataset_name_or_id)
+    tell_of_left_out(dataset)
     preprocessed = os.environ.get("nnUNet_preprocessed")
     if not preprocessed:
         raise CMEMSError("the environment variable nnUNet_preprocessed is not set; set it to the folder for preprocessed data.")
@@ -122,18 +123,24 @@ def plan_and_preprocess(
         _check_splits(os.path.join(place, "splits_final.json"), dataset)
 
     fingerprint = None if clean else _kept_fingerprint(base, dataset)
-    states = {case: _state(raw_case, dataset) for case, raw_case in dataset.cases.items()}
+    states = {case: _state(raw_case, dataset, skip_unreadable) for case, raw_case in dataset.cases.items()}
+    seen = _seen_scans(base)
     examination = examine(
         dataset,
         num_processes=num_processes_fingerprint,
         skip_unreadable=skip_unreadable,
         intensities=fingerprint is None,
-        known=_known_scans(base, states),
+        known={case: scan for case, (state, scan) in seen.items() if state == states.get(case)},
     )
     scans = examination.scans
+    _tell_of_partial_planes(dataset, scans)
+    kept = fingerprint is not None
     if fingerprint is None:
         fingerprint = make_fingerprint(dataset, examination)
     plans = make_plans(dataset, scans, fingerprint, options, base, verbose)
+    if kept:
+        changed = [case for case in scans if case in dataset.labelled and case in seen and seen[case][0] != states[case]]
+        _tell_of_changes(fingerprint, dataset, scans, changed if _uses_intensities(plans) else [])
     chosen = _choose_configurations(configurations, plans, dataset, scans)
     tasks = [plan_task(dataset, scans, examination.skipped, plans.content, configuration, base) for configuration in chosen]
     check_space(tasks)
@@ -155,22 +162,49 @@ def plan_and_preprocess(
             print(f"  {reason}")
 
 
-def _state(raw_case: RawCase, dataset: RawDataset) -> dict[str, Any]:
-    """What the result of looking at a case depends on, as JSON."""
-    state: dict[str, Any] = {"sources": source_state(raw_case), "channels": dataset.num_channels, "reader": dataset.reader_class.__name__}
+def _state(raw_case: RawCase, dataset: RawDataset, skip_unreadable: bool) -> dict[str, Any]:
+    """What the result of looking at a case depends on, as JSON; of a case with a broken link, which can be skipped, nothing."""
+    try:
+        sources = source_state(raw_case)
+    except CMEMSError:
+        if skip_unreadable:
+            return {}
+        raise
+    state: dict[str, Any] = {"sources": sources, "channels": dataset.num_channels, "reader": dataset.reader_class.__name__}
     if raw_case.label is not None:
         state["labels"] = dataset.dataset_json["labels"]
     return state
 
 
-def _known_scans(base: str, states: Mapping[str, Any]) -> dict[str, Scan]:
-    """What was found in cases that have not changed since."""
+def _seen_scans(base: str) -> dict[str, tuple[Any, Scan]]:
+    """What was found in each case, and the state that it had then."""
     try:
         with open(os.path.join(base, SCANS), encoding="utf-8") as file:
             content = json.load(file)
-        return {case: Scan.from_json(entry) for case, entry in content.items() if case in states and entry["state"] == states[case]}
+        return {case: (entry["state"], Scan.from_json(entry)) for case, entry in content.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # then they are read again
         return {}
+
+
+def _tell_of_partial_planes(dataset: RawDataset, scans: Mapping[str, Scan]) -> None:
+    partial = [
+        f"slice {index} along {AXES[axis]} of {dataset.cases[case].label}"
+        for case, scan in scans.items()
+        if scan.annotation is not None
+        for axis, index in scan.annotation.partial
+    ]
+    if partial:
+        value = dataset.values.not_annotated
+        more = f" and {len(partial) - 3} more" if len(partial) > 3 else ""
+        print(
+            f"Annotated in part, beside background (0): {', '.join(partial[:3])}{more}. What is not (value {value}) is left out of the "
+            f"training, as it should be for scribbles. If all else is background, paint what holds 0 there with {value}."
+        )
+
+
+def _uses_intensities(plans: Plans) -> bool:
+    """Whether nnU-Net normalises by the fingerprint's intensities, as it does CT."""
+    return any("CTNormalization" in entry.get("normalization_schemes", ()) for entry in plans.content["configurations"].values())
 
 
 def _kept_fingerprint(base: str, dataset: RawDataset) -> dict[str, Any] | None:
@@ -182,21 +216,33 @@ def _kept_fingerprint(base: str, dataset: RawDataset) -> dict[str, Any] | None:
         with open(path, encoding="utf-8") as file:
             fingerprint: dict[str, Any] = json.load(file)
         channels = len(fingerprint["foreground_intensity_properties_per_channel"])
-        before = {kind: set(fingerprint[OURS][kind]) for kind in ("labelled", "unlabelled")}
+        [set(fingerprint[OURS][kind]) for kind in ("labelled", "unlabelled")]
     except (OSError, ValueError, KeyError, TypeError):
         print(f"{path} was not made by this command and knows the labelled scans at most; it is made anew.")
         return None
     if channels != dataset.num_channels:
         print(f"{path} is for {channels} channel(s); it is made anew.")
         return None
-    now = {"labelled": set(dataset.labelled), "unlabelled": set(dataset.unlabelled)}
+    return fingerprint
+
+
+def _tell_of_changes(fingerprint: Mapping[str, Any], dataset: RawDataset, scans: Mapping[str, Scan], changed: Sequence[str]) -> None:
+    """Say in what the data set differs from what a fingerprint was made from.
+
+    Args:
+        fingerprint: that is kept.
+        dataset: the raw data set.
+        scans: those of it that can be used.
+        changed: labelled cases whose intensities or mask have changed.
+    """
+    why = "kept, so that what is preprocessed and trained stays valid; --clean makes"
+    before = {kind: set(fingerprint[OURS][kind]) for kind in ("labelled", "unlabelled")}
+    now = {"labelled": set(dataset.labelled) & set(scans), "unlabelled": set(dataset.unlabelled) & set(scans)}
     if now != before:
         numbers = [f"{len(cases['labelled'])} labelled and {len(cases['unlabelled'])} unlabelled scans" for cases in (before, now)]
-        print(
-            f"The fingerprint was made from {numbers[0]}; the data set has {numbers[1]} now. It is kept, so that what is "
-            "preprocessed and trained stays valid; --clean makes it anew."
-        )
-    return fingerprint
+        print(f"The fingerprint was made from {numbers[0]}; the data set has {numbers[1]} now. It is {why} it anew.")
+    elif changed:
+        print(f"The intensities by which CT is normalised were measured before {some(changed)} changed. They are {why} them anew.")
 
 
 def _check_splits(path: str, dataset: RawDataset) -> None:

@@ -18,7 +18,19 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunetv2_cmems.data.annotation import AXES
 from nnunetv2_cmems.data.planning import read_raw_scan
-from nnunetv2_cmems.data.raw import IMAGES, LABELS, UNLABELLED, RawCase, RawDataset, find_raw_folder, open_raw, quiet_itk, same_files
+from nnunetv2_cmems.data.raw import (
+    IMAGES,
+    LABELS,
+    UNLABELLED,
+    RawCase,
+    RawDataset,
+    find_raw_folder,
+    open_raw,
+    quiet_itk,
+    same_files,
+    spacing_file,
+    tell_of_left_out,
+)
 from nnunetv2_cmems.data.suggestion import (
     Suggestion,
     ViewerPlace,
@@ -93,6 +105,7 @@ def _suggest(args: argparse.Namespace) -> None:
         print(f"Every scan in {IMAGES} needs a mask in {os.path.join(folder, LABELS)} before nnUNetv2_cmems plan_and_preprocess can run.")
         return
     dataset = open_raw(args.d, require_labels=False)
+    tell_of_left_out(dataset)
     output = args.o or os.path.join(dataset.folder, FOLDER)
     if args.o is None and _is_read_only(dataset.folder):
         raise CMEMSError(f"{dataset.folder} is read-only; choose a folder for the suggestions with -o.")
@@ -436,6 +449,8 @@ def _instructions(dataset: RawDataset, first: RawCase, note: str, brought: Seque
         f"4. Save the mask as {os.path.join(target, '<case>' + dataset.file_ending)}, for the first suggestion",
         f"   {os.path.join(target, first.case + dataset.file_ending)}.",
     ]
+    if os.path.isfile(spacing_file(os.path.join(output, first.case + dataset.file_ending))):
+        lines.append("   Copy the .json that lies beside the empty mask to the same place: it holds the spacing, as TIFF does not.")
     identifier = dataset.name[len("Dataset") :].split("_")[0].lstrip("0")
     command = f"nnUNetv2_cmems suggest -d {identifier} --move"
     if brought:

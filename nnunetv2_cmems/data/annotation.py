@@ -17,6 +17,9 @@ from nnunetv2_cmems.errors import CMEMSError
 AXES = "zyx"
 """Names of the array's axes: x is the first axis of a NIfTI file, z the last."""
 
+ERASED = 0.5
+"""Background in a painted plane, as a share of its organs, below which it is what a rubber has left: programs erase with 0."""
+
 
 @dataclass(frozen=True)
 class LabelValues:
@@ -58,10 +61,12 @@ class Annotation:
         planes: the annotated planes that show an organ, as (axis of the array, index), sorted; None for a
             volume that is annotated as a whole (single voxels of it may still be "not annotated").
         classes: the foreground values that it shows.
+        partial: those of the planes of which a part is not annotated, beside explicit background.
     """
 
     planes: tuple[tuple[int, int], ...] | None
     classes: frozenset[int]
+    partial: tuple[tuple[int, int], ...] = ()
 
     @property
     def axes(self) -> frozenset[int]:
@@ -104,19 +109,24 @@ def read_annotation(mask: np.ndarray, values: LabelValues, path: str) -> Annotat
         axis = min(range(3), key=lambda a: (len(occupied[a]), a))
         planes = [(axis, i) for i in occupied[axis]]
     organs = annotated & (mask != 0)
-    return Annotation(tuple(sorted((a, i) for a, i in planes if organs.take(i, a).any())), classes)
+    shown = tuple(sorted((a, i) for a, i in planes if organs.take(i, a).any()))
+    partial = tuple((a, i) for a, i in shown if (complete_plane(mask.take(i, a), values.not_annotated) == values.not_annotated).any())
+    return Annotation(shown, classes, partial)
 
 
 def complete_plane(labels: np.ndarray, not_annotated: int) -> np.ndarray:
     """Labels of one painted plane; where only organs were painted, the rest of the plane is background.
 
-    Whoever paints into an empty template leaves everything but the organs "not annotated". A plane that has
-    a single pixel of explicit background is left as it is.
+    Whoever paints into an empty template leaves everything but the organs "not annotated", and has erased
+    here and there, see :data:`ERASED`. A plane with more explicit background than that is annotated in part
+    on purpose, as by scribbles, and left as it is.
 
     Shape:
         (P, Q) to (P, Q), a new array where something changes.
     """
-    if (labels == 0).any() or not (labels != not_annotated).any():
+    unknown, background = labels == not_annotated, labels == 0
+    organs = labels.size - np.count_nonzero(unknown) - np.count_nonzero(background)
+    if not organs or np.count_nonzero(background) >= ERASED * organs or not unknown.any():
         return labels
     return np.where(labels == not_annotated, 0, labels).astype(labels.dtype)
 
@@ -127,8 +137,9 @@ def _check_values(found: np.ndarray, values: LabelValues, path: str) -> None:
         return
     known = ", ".join(f"{v} ({name})" for v, name in sorted(values.names.items()))
     if unknown == [values.not_annotated]:
+        value = values.not_annotated
         raise CMEMSError(
-            f'{path} has the value {unknown[0]}, which dataset.json does not name; if it means "not annotated", add "ignore": {unknown[0]} '
+            f'{path} has the value {value}, which dataset.json does not name; if it means "not annotated", add "ignore": {value} '
             "to the labels of dataset.json."
         )
     some = ", ".join(f"{v:g}" for v in unknown[:5])

@@ -218,7 +218,8 @@ def rank_exemplars(cases: Sequence[str], dataset: PreprocessedDataset, allow_mis
 
     The order is the same whenever the cases and images are the same. Further cases of a patient who
     is already in the list come after all other patients; cases belong to one patient when their
-    names agree up to and including the first number (``patient002_frame01``, ``patient002_frame12``).
+    names agree up to and including the first number (``patient002_frame01``, ``patient002_frame12``), see
+    :func:`~nnunetv2_cmems.data.looks.patients_of`.
 
     Args:
         cases: the fold's training cases, in any order.
@@ -441,16 +442,18 @@ def _load_volume(spec: ExemplarSpec, volumes: dict[str, _Volume], dataset: Prepr
 
 
 def _check_thickness(spec: ExemplarSpec, mask: np.ndarray, dataset: PreprocessedDataset) -> None:
-    """Refuse a volume whose organs fill a single slice: most likely only that slice was painted, the others being 0 unasked."""
+    """Refuse a volume whose organs fill a single slice, or several of which none lies beside another: most likely only these were painted,
+    the others being 0 unasked."""
     shown = (mask > 0) & (mask != dataset.labels.not_annotated)
     for axis, name in enumerate(AXES):
         others = tuple(a for a in range(3) if a != axis)
         slices = np.flatnonzero(shown.any(axis=others))
-        if len(slices) == 1 < mask.shape[axis]:
+        if 0 < len(slices) < mask.shape[axis] and (np.diff(slices) > 1).all():
+            which = "one slice" if len(slices) == 1 else "single slices"
             raise CMEMSError(
-                f"{native_mask_path(spec.case, dataset)} shows organs on one slice only ({slices[0]} along {name}), so its other slices "
-                f"are hardly annotated; fill them with {dataset.labels.not_annotated} and name that value in dataset.json "
-                f'("ignore"), or name the slice as exemplar ({{"case": "{spec.case}", "slice": {slices[0]}, "axis": "{name}"}}).'
+                f"{native_mask_path(spec.case, dataset)} shows organs on {which} only ({', '.join(map(str, slices))} along {name}), so its "
+                f"other slices are hardly annotated; fill them with {dataset.labels.not_annotated} and name that value in dataset.json "
+                f'("ignore"), or name each as exemplar ({{"case": "{spec.case}", "slice": {slices[0]}, "axis": "{name}"}}).'
             )
 
 

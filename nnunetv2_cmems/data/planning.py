@@ -39,7 +39,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from tqdm import tqdm
 
 from nnunetv2_cmems.data.annotation import AXES, Annotation, LabelValues, complete_plane, read_annotation
-from nnunetv2_cmems.data.raw import RawCase, RawDataset, check_header
+from nnunetv2_cmems.data.raw import RawCase, RawDataset, check_header, spacing_file
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.files import OURS, environment, to_json, write_json, write_text
 
@@ -115,14 +115,18 @@ class Examination:
 
 
 def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
-    """``{"planes": [["z", 4], ...], or null for a whole volume, "classes": [1, 2]}``; indices count in the raw image."""
-    planes = None if annotation.planes is None else [[AXES[axis], int(index)] for axis, index in annotation.planes]
-    return {"planes": planes, "classes": sorted(annotation.classes)}
+    """``{"planes": [["z", 4], ...], or null for a whole volume, "classes": [1, 2], "partial": []}``; indices count in the raw image."""
+    named = [[AXES[axis], int(index)] for axis, index in annotation.planes or ()]
+    partial = [[AXES[axis], int(index)] for axis, index in annotation.partial]
+    return {"planes": None if annotation.planes is None else named, "classes": sorted(annotation.classes), "partial": partial}
 
 
 def annotation_from_json(content: Mapping[str, Any]) -> Annotation:
-    planes = content["planes"]
-    return Annotation(None if planes is None else tuple((AXES.index(axis), index) for axis, index in planes), frozenset(content["classes"]))
+    planes, partial = (
+        None if named is None else tuple((AXES.index(axis), index) for axis, index in named)
+        for named in (content["planes"], content["partial"])
+    )
+    return Annotation(planes, frozenset(content["classes"]), partial or ())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +351,9 @@ def _read_mask(
         raise CMEMSError(f"{path} has {mask.shape[0]} channels or components; a mask has one, with the labels' values.")
     difference = _geometry_difference(shape, image_properties, mask.shape[1:], properties)
     if difference:
-        raise CMEMSError(f"{path} and its scan {image_path} differ in {difference}; save the mask with the geometry of the scan.")
+        beside = spacing_file(path)
+        how = f"; it has to stand in {beside} beside it, as TIFF has no place for it" if beside and not os.path.isfile(beside) else ""
+        raise CMEMSError(f"{path} and its scan {image_path} differ in {difference}; save the mask with the geometry of the scan{how}.")
     found: np.ndarray = mask[0]
     return found
 

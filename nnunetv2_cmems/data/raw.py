@@ -29,6 +29,8 @@ from nnunetv2_cmems.files import find_dataset, read_json, some
 
 IMAGES, LABELS, UNLABELLED = "imagesTr", "labelsTr", "imagesUn"
 
+_VOLUMES = ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"
+
 
 @dataclass(frozen=True)
 class RawCase:
@@ -177,14 +179,43 @@ def source_state(raw_case: RawCase) -> dict[str, list[int]]:
         CMEMSError: a file is gone.
     """
     files = [*raw_case.images, *([raw_case.label] if raw_case.label is not None else [])]
-    spacings = [re.sub(r"(_\d{4})?\.tiff?$", ".json", path) for path in files]
+    spacings = [spacing_file(path) for path in files]
     try:
         return {
             "/".join(path.replace(os.sep, "/").split("/")[-2:]): [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-            for path in (*files, *(path for path in spacings if path not in files and os.path.isfile(path)))
+            for path in (*files, *(path for path in spacings if os.path.isfile(path)))
         }
     except OSError as error:
         raise CMEMSError(f"{error.filename} cannot be read ({error.strerror}); restore the file, or remove the case.") from error
+
+
+def spacing_file(path: str) -> str:
+    """Where nnU-Net looks for the spacing of a TIFF image, scan or mask; "" for other formats, which hold it themselves."""
+    beside = re.sub(r"(_\d{4})?\.tiff?$", ".json", path)
+    return "" if beside == path else beside
+
+
+def left_out(dataset: RawDataset) -> list[str]:
+    """Images in the data set's folders that are none of its scans or masks, as their names end otherwise, as paths."""
+    names = [UNLABELLED] if "dataset" in dataset.dataset_json else [IMAGES, LABELS, UNLABELLED]
+    folders = [folder for folder in (os.path.join(dataset.folder, name) for name in names) if os.path.isdir(folder)]
+    endings = (*_VOLUMES, dataset.file_ending.lower())
+    return [
+        os.path.join(folder, name)
+        for folder in folders
+        for name in sorted(os.listdir(folder))
+        if not name.startswith(".") and not name.endswith(dataset.file_ending) and name.lower().endswith(endings)
+    ]
+
+
+def tell_of_left_out(dataset: RawDataset) -> None:
+    """Print what :func:`left_out` finds."""
+    files = left_out(dataset)
+    if files:
+        print(
+            f"{len(files)} image(s) do not end with '{dataset.file_ending}', as 'file_ending' of dataset.json has it, and are left out: "
+            f"{some(files)}; convert them if they belong to the data set."
+        )
 
 
 def find_raw_folder(dataset_name_or_id: str | int) -> str:

@@ -374,6 +374,8 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             if spec.slice is None:
                 empty = sum(not (part.label > 0).any() for part in parts)
                 place = "the whole volume" if parts[0].slice is None else f"{len(parts)} slices, {empty} of them without organs"
+            unknown = np.mean(np.concatenate([part.label.ravel() < 0 for part in parts if spec in (part.spec, ExemplarSpec(part.case))]))
+            place += f", of which {unknown:.2%} are not annotated and left out" if unknown else ""
             self.print_to_log_file(f"Exemplar ({how}): case {spec.case}, {place}")
         self.print_to_log_file(f"Unlabelled training cases: {len(unlabelled)}. CMEMS config: {self._config_source}")
 
