@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -31,10 +32,15 @@ def thumbnail(plane: np.ndarray) -> Tensor:
     return functional.avg_pool2d(functional.pad(small, (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0]
 
 
-def patient_of(case: str) -> str:
-    """The name up to and including its first number: scans whose names agree so far belong to one patient."""
-    match = re.match(r"\D*\d+", case)
-    return match.group() if match else case
+def patients_of(cases: Iterable[str]) -> dict[str, str]:
+    """The patient of each case, by the names alone: scans belong to one patient whose names agree up to and including the first number.
+
+    What all names begin with counts for none, so that ``BraTS2021_00002`` and ``BraTS2021_00003`` are two.
+    """
+    cases = list(cases)
+    common = re.sub(r"\d+$", "", os.path.commonprefix(cases))  # no number is cut in two
+    matches = {case: re.match(r"\D*\d+", case[len(common) :]) for case in cases}
+    return {case: common + match.group() if match else case for case, match in matches.items()}
 
 
 def new_patients_first(ranked: Iterable[Item], case_of: Callable[[Item], str], served: Iterable[str] = ()) -> list[Item]:
@@ -45,10 +51,12 @@ def new_patients_first(ranked: Iterable[Item], case_of: Callable[[Item], str], s
         case_of: the case of an item.
         served: cases whose patients have had a turn already.
     """
+    ranked, served = list(ranked), list(served)
+    patients = patients_of([*served, *map(case_of, ranked)])
     visits: dict[str, int] = {}
 
     def turn(case: str) -> int:
-        patient = patient_of(case)
+        patient = patients[case]
         visits[patient] = visits.get(patient, -1) + 1
         return visits[patient]
 

@@ -45,7 +45,7 @@ import pandas as pd
 from scipy.stats import wilcoxon
 from statsmodels.stats.multitest import multipletests
 
-from nnunetv2_cmems.data.looks import patient_of
+from nnunetv2_cmems.data.looks import patients_of
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.files import write_json, write_text
 from nnunetv2_cmems.study.metrics import distance_unit, read_metrics
@@ -304,7 +304,8 @@ def paired_tests(comparison: Comparison, baseline: str, *, by_patient: bool | No
     if by_patient is None:
         by_patient = bool(comparison.benchmark.get("by_patient", False))
     dice = _with_mean(comparison)
-    dice = dice[dice["label"] == MEAN].assign(unit=lambda table: table["case"].map(patient_of) if by_patient else table["case"])
+    units = patients_of(dice["case"].unique()) if by_patient else {case: case for case in dice["case"].unique()}
+    dice = dice[dice["label"] == MEAN].assign(unit=lambda table: table["case"].map(units))
     rows = []
     for method in comparison.methods:
         if method == baseline:
@@ -343,7 +344,7 @@ def captions(comparison: Comparison, tests: pd.DataFrame) -> list[str]:
             "exemplars and seeds that both methods have; p: Wilcoxon's signed-rank test of these differences, two-sided, corrected over "
             "the methods (Holm)."
         )
-        patients = {patient_of(case) for case in cases}
+        patients = set(patients_of(cases).values())
         if by == "case" and 1 < len(patients) < len(cases):
             found.append(
                 f"By their names the {len(cases)} cases are of {len(patients)} patients; the test takes cases as independent, so p is too "

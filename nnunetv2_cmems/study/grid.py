@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_cmems.config import CONFIG_VARIABLE, CMEMSConfig, ExemplarSpec, with_overrides
 from nnunetv2_cmems.data.exemplar import PreprocessedDataset, load_exemplars, rank_exemplars
-from nnunetv2_cmems.data.looks import patient_of
+from nnunetv2_cmems.data.looks import patients_of
 from nnunetv2_cmems.errors import CMEMSError, first_line
 from nnunetv2_cmems.files import environment, find_dataset, write_json
 from nnunetv2_cmems.method.objective import batch_sizes, passes_per_step
@@ -254,10 +254,11 @@ def choose_exemplars(number: int, fold: Fold, allow_missing_classes: bool = Fals
         CMEMSError: there are fewer patients; see also :func:`~nnunetv2_cmems.data.exemplar.rank_exemplars`.
     """
     ranked = rank_exemplars(fold.training, fold.images, allow_missing_classes)
-    patients = len({patient_of(spec.case) for spec in ranked})
+    patients = len(set(patients_of(spec.case for spec in ranked).values()))
     if number > patients:
         raise CMEMSError(
-            f"--exemplars is {number}, but only {patients} patients of fold {fold.fold} have a slice that shows all classes; ask for fewer."
+            f"--exemplars is {number}, but only {patients} patients of fold {fold.fold} have a slice that shows all classes (cases of one "
+            "patient have names that agree up to and including the first number); ask for fewer, or name slices in a file."
         )
     return [[to_dict(spec)] for spec in ranked[:number]]
 
