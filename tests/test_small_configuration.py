@@ -84,14 +84,25 @@ def test_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> No
     after = workspace.plans()
     assert after["configurations"].pop("tiny") == small_configuration(before, "2d", "tiny", **SIZES)
     assert after == before
-    assert "added configuration tiny" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "added configuration tiny" in said and "2.5 x 2 mm and patches of 48 x 32 voxels, where 2d has 1.5 x 1.5 mm and 48 x 48" in said
     assert not list(workspace.base.glob("*.tmp"))
     main(["-d", DATASET, "--name", "tiny", *sizes])  # by name, and again
 
 
-def test_command_without_plans(workspace: Workspace) -> None:
-    (workspace.base / "nnUNetPlans.json").unlink()
+def test_command_without_plans(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = workspace.base / "nnUNetPlans.json"
+    for content in ("{", "[]", "{}"):
+        plans.write_text(content)
+        with pytest.raises(CMEMSError, match=r"nnUNetPlans\.json .*; run nnUNetv2_plan_and_preprocess"):
+            main(["-d", str(DATASET_ID)])
+    plans.unlink()
     with pytest.raises(CMEMSError, match=r"nnUNetPlans\.json does not exist; run nnUNetv2_plan_and_preprocess"):
+        main(["-d", str(DATASET_ID)])
+    with pytest.raises(CMEMSError, match="no data set 99"):
+        main(["-d", "99"])
+    monkeypatch.delenv("nnUNet_preprocessed")
+    with pytest.raises(CMEMSError, match="nnUNet_preprocessed is not set"):
         main(["-d", str(DATASET_ID)])
 
 

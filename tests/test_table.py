@@ -29,6 +29,12 @@ def test_mean_and_spread_over_cases(tmp_path: Path) -> None:
     assert row == "| ours | 2 | 65.0 ± 7.1 | wall 60.0 ± 14.1, cavity 70.0 |"
 
 
+def test_dots_are_part_of_a_name(tmp_path: Path) -> None:
+    labels: dict[str, object] = {"background": 0, "wall": 1}
+    folder = predictions(tmp_path / "ours", labels, {"1.2.840.1": {"1": 0.5}, "1.2.840.2": {"1": 0.7}})
+    assert predictions_table([folder]).splitlines()[-1] == "| ours | 2 | 60.0 ± 14.1 | wall 60.0 ± 14.1 |"
+
+
 def test_regions(tmp_path: Path) -> None:
     labels = {"background": 0, "heart": [1, 2], "cavity": 2}
     assert label_names({"labels": labels}) == {"(1, 2)": "heart", "2": "cavity"}

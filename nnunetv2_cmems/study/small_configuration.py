@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nnunetv2_cmems.errors import CMEMSError, show_errors_as_sentences
-from nnunetv2_cmems.files import write_json
+from nnunetv2_cmems.files import find_dataset, read_json, write_json
 
 
 def small_configuration(
@@ -79,9 +79,6 @@ def small_configuration(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry, see the module's docstring."""
     show_errors_as_sentences()
-    from nnunetv2.paths import nnUNet_preprocessed
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
     parser = argparse.ArgumentParser(prog="python -m nnunetv2_cmems.study.small_configuration", description=__doc__)
     parser.add_argument("-d", required=True, help="data set, name or id")
     parser.add_argument("-c", default="2d", help="configuration to inherit from")
@@ -93,17 +90,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=12, help="images a batch")
     args = parser.parse_args(arguments)
 
-    dataset = maybe_convert_to_dataset_name(int(args.d) if args.d.isdigit() else args.d)
-    path = os.path.join(nnUNet_preprocessed.get(), dataset, f"{args.p}.json")
+    again = f"run nnUNetv2_plan_and_preprocess -d {args.d}"
+    folder = find_dataset(args.d, "nnUNet_preprocessed", "the preprocessed data sets", f"{again} first, or correct -d")
+    path = os.path.join(folder, f"{args.p}.json")
     if not os.path.isfile(path):
-        raise CMEMSError(f"{path} does not exist; run nnUNetv2_plan_and_preprocess -d {args.d} first.")
-    with open(path, encoding="utf-8") as file:
-        plans = json.load(file)
+        raise CMEMSError(f"{path} does not exist; {again} first.")
+    plans = read_json(path, f"{again} again")
+    if not isinstance(plans, dict) or not {"configurations", "plans_name"} <= set(plans):
+        raise CMEMSError(f"{path} holds no plans of nnU-Net; {again} again.")
     plans["configurations"][args.name] = small_configuration(
         plans, args.c, args.name, patch_size=args.patch, spacing=args.spacing, features=args.features, batch_size=args.batch
     )
     write_json(path, plans)
-    print(f"added configuration {args.name} to {path}")
+    base = plans["configurations"][args.c]
+    small = f"{_sides(args.spacing)} mm and patches of {_sides(args.patch)} voxels"
+    large = f"{_sides(base.get('spacing', ()))} mm and {_sides(base['patch_size'])} voxels"
+    print(f"added configuration {args.name} to {path}: {small}, where {args.c} has {large}; --spacing and --patch set others.")
+
+
+def _sides(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def read_summary(path: str, class_names: Mapping[str, str]) -> Dice:
         raise CMEMSError(f"{path} cannot be read ({first_line(error)}); run nnUNetv2_evaluate_folder again.") from error
     found = {}
     for case in summary["metric_per_case"]:
-        name = os.path.basename(case["prediction_file"]).split(".")[0]
+        name = os.path.splitext(os.path.basename(case["prediction_file"]).removesuffix(".gz"))[0]  # dots are part of it
         scores = {class_names[label]: float(metrics["Dice"]) for label, metrics in case["metrics"].items()}
         found[name] = {**scores, "mean": float(np.nanmean(list(scores.values())))}
     return found
