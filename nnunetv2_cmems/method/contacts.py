@@ -69,7 +69,7 @@ class Contacts:
         if isinstance(space, Regions) or not labels:
             return None
         count = len(space.names)
-        each = np.stack([_contacts(label, count) for label in labels])
+        each = np.stack([count_contacts(label, count) for label in labels])
         counts, there = each.sum(0), each.sum(2)[:, 1:] > 0
         borders = counts.sum(1)
         together = (there[:, :, None] & there[:, None]).any(0)
@@ -107,7 +107,7 @@ class Contacts:
         kept = labels.clone()
         for enclosed in (False, True):
             whole = kept.numpy()
-            counts = [_contacts(part, len(self.enclosed)) for part in whole]
+            counts = [count_contacts(part, len(self.enclosed)) for part in whole]
             for k in (k for k, one in enumerate(self.enclosed) if one == enclosed and (one or any(self.apart[k]))):
                 rows = [z for z, part in enumerate(whole) if (part == k + 1).any()]
                 first = self._cannot_be_first(k, whole, counts, rows)
@@ -126,7 +126,7 @@ class Contacts:
         not. Where few slices are right, networks have learned something else than the organs.
         """
         walled = [k for k, one in enumerate(self.walled) if one]
-        parts = [_contacts(part, len(self.enclosed)) for part in labels[np.isin(labels, [k + 1 for k in walled]).any((1, 2))]]
+        parts = [count_contacts(part, len(self.enclosed)) for part in labels[np.isin(labels, [k + 1 for k in walled]).any((1, 2))]]
         return len(parts), sum(not any(self._open(k, counts) or self._touches(k, counts) for k in walled) for counts in parts)
 
     def arranged(self, labels: np.ndarray, classes: Collection[int]) -> bool:
@@ -181,8 +181,16 @@ def waist(mask: np.ndarray) -> float:
     return least
 
 
-def _contacts(label: np.ndarray, count: int) -> np.ndarray:
-    """(1 + F, 1 + F): how many pairs of neighbouring voxels are of these two values; 0 of the same ones, and of what is not annotated."""
+def touching(counts: np.ndarray) -> list[tuple[int, int]]:
+    """The pairs of classes, counted from 1, that touch in these contacts, slips of the brush aside."""
+    borders = counts.sum(1)
+    pairs = itertools.combinations(range(1, len(counts)), 2)
+    return [(one, other) for one, other in pairs if counts[one, other] > STRAY * min(borders[one], borders[other])]
+
+
+def count_contacts(label: np.ndarray, count: int) -> np.ndarray:
+    """(1 + F, 1 + F), of a label map with F classes: how many pairs of neighbouring voxels are of these two values; 0 of the same ones,
+    and of what is not annotated."""
     found = np.zeros((count + 1) ** 2)
     for axis in range(label.ndim):
         along = np.moveaxis(label, axis, 0)

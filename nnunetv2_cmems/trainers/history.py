@@ -23,7 +23,8 @@ class History:
     confidence,
     ``agreement/<class or region>`` and ``agreement/mean`` (Dice between the members on unlabelled images),
     ``pseudo_label_*`` (against hidden labels; logged only), ``scan_label_dice/*`` (likewise, in epochs that begin with labels
-    of whole scans), ``scan_label_contacts`` (share of the slices in which what has a wall lies within it) and
+    of whole scans), ``scan_label_contacts`` (share of the slices in which what has a wall lies within it),
+    ``scan_label_greys`` (share of the scans in which organs are told apart by grey values) and
     ``scan_label_passes`` (of one image through one network, for these labels; in the first epoch those that all
     steps together take more because annotated volumes were registered and the consistency terms begin at once). What an epoch lacks
     is NaN.
