@@ -216,7 +216,7 @@ def _kept_fingerprint(base: str, dataset: RawDataset) -> dict[str, Any] | None:
         with open(path, encoding="utf-8") as file:
             fingerprint: dict[str, Any] = json.load(file)
         channels = len(fingerprint["foreground_intensity_properties_per_channel"])
-        [set(fingerprint[OURS][kind]) for kind in ("labelled", "unlabelled")]
+        _cases_of(fingerprint)
     except (OSError, ValueError, KeyError, TypeError):
         print(f"{path} was not made by this command and knows the labelled scans at most; it is made anew.")
         return None
@@ -224,6 +224,10 @@ def _kept_fingerprint(base: str, dataset: RawDataset) -> dict[str, Any] | None:
         print(f"{path} is for {channels} channel(s); it is made anew.")
         return None
     return fingerprint
+
+
+def _cases_of(fingerprint: Mapping[str, Any]) -> dict[str, set[str]]:
+    return {kind: set(fingerprint[OURS][kind]) for kind in ("labelled", "unlabelled")}
 
 
 def _tell_of_changes(fingerprint: Mapping[str, Any], dataset: RawDataset, scans: Mapping[str, Scan], changed: Sequence[str]) -> None:
@@ -236,7 +240,7 @@ def _tell_of_changes(fingerprint: Mapping[str, Any], dataset: RawDataset, scans:
         changed: labelled cases whose intensities or mask have changed.
     """
     why = "kept, so that what is preprocessed and trained stays valid; --clean makes"
-    before = {kind: set(fingerprint[OURS][kind]) for kind in ("labelled", "unlabelled")}
+    before = _cases_of(fingerprint)
     now = {"labelled": set(dataset.labelled) & set(scans), "unlabelled": set(dataset.unlabelled) & set(scans)}
     if now != before:
         numbers = [f"{len(cases['labelled'])} labelled and {len(cases['unlabelled'])} unlabelled scans" for cases in (before, now)]
