@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -92,3 +93,8 @@ def shown(value: Any, limit: int = 80) -> str:
 def clipped(text: str, limit: int = 80) -> str:
     """A text of at most so many characters: of a longer one, the beginning and dots."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def times(numbers: Iterable[float]) -> str:
+    """Sizes or spacings for a sentence: ``8 x 1.5 x 1.5``."""
+    return " x ".join(f"{n:.6g}" for n in numbers)

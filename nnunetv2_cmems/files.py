@@ -74,10 +74,10 @@ def find_dataset(name_or_id: str | int, variable: str, holds: str, remedy: str =
     raise CMEMSError(f"in {variable} ({root}) there is no data set {name_or_id}{there and f' (there are: {there})'}; {remedy}.")
 
 
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """A few names for a sentence."""
+def some(names: Iterable[str], limit: int = 3, *, quote: str = "'") -> str:
+    """A few names for a sentence, between ``quote``."""
     names = list(names)
-    quoted = [f"'{name}'" for name in names[:limit]]
+    quoted = [f"{quote}{name}{quote}" for name in names[:limit]]
     return ", ".join(quoted) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -114,6 +114,25 @@ def read_json(path: str, remedy: str = "correct the file", *, unique_keys: bool 
     except (OSError, ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too long numbers: all are ValueErrors
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise CMEMSError(f"{path} cannot be read as JSON ({reason}); {remedy}.") from error
+
+
+def read_plans(path: str, remedy: str = "plan the data set, or correct -p") -> dict[str, Any]:
+    """nnU-Net's plans.
+
+    Args:
+        path: the file.
+        remedy: what to do where it cannot be read, for the error's sentence.
+
+    Raises:
+        CMEMSError: there is no such file, or it holds no plans.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content: dict[str, Any] = json.load(file)
+        content["configurations"], content["plans_name"]
+        return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CMEMSError(f"{path} cannot be read as nnU-Net's plans ({first_line(error)}); {remedy}.") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

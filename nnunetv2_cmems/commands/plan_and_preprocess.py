@@ -195,9 +195,8 @@ def _tell_of_partial_planes(dataset: RawDataset, scans: Mapping[str, Scan]) -> N
     ]
     if partial:
         value = dataset.values.not_annotated
-        more = f" and {len(partial) - 3} more" if len(partial) > 3 else ""
         print(
-            f"Annotated in part, beside background (0): {', '.join(partial[:3])}{more}. What is not (value {value}) is left out of the "
+            f"Annotated in part, beside background (0): {some(partial, quote='')}. What is not (value {value}) is left out of the "
             f"training, as it should be for scribbles. If all else is background, paint what holds 0 there with {value}."
         )
 

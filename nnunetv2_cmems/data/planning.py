@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from nnunetv2_cmems.data.annotation import AXES, Annotation, LabelValues, complete_plane, read_annotation
 from nnunetv2_cmems.data.raw import RawCase, RawDataset, check_header, spacing_file
-from nnunetv2_cmems.errors import CMEMSError, first_line
+from nnunetv2_cmems.errors import CMEMSError, first_line, times
 from nnunetv2_cmems.files import OURS, environment, to_json, write_json, write_text
 
 SCANS = "cmems_scans.json"
@@ -116,17 +116,20 @@ class Examination:
 
 def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
     """``{"planes": [["z", 4], ...], or null for a whole volume, "classes": [1, 2], "partial": []}``; indices count in the raw image."""
-    named = [[AXES[axis], int(index)] for axis, index in annotation.planes or ()]
-    partial = [[AXES[axis], int(index)] for axis, index in annotation.partial]
-    return {"planes": None if annotation.planes is None else named, "classes": sorted(annotation.classes), "partial": partial}
+
+    def named(planes: Iterable[tuple[int, int]]) -> list[list[Any]]:
+        return [[AXES[axis], int(index)] for axis, index in planes]
+
+    planes = None if annotation.planes is None else named(annotation.planes)
+    return {"planes": planes, "classes": sorted(annotation.classes), "partial": named(annotation.partial)}
 
 
 def annotation_from_json(content: Mapping[str, Any]) -> Annotation:
-    planes, partial = (
-        None if named is None else tuple((AXES.index(axis), index) for axis, index in named)
-        for named in (content["planes"], content["partial"])
-    )
-    return Annotation(planes, frozenset(content["classes"]), partial or ())
+    def numbered(planes: Iterable[Sequence[Any]]) -> tuple[tuple[int, int], ...]:
+        return tuple((AXES.index(axis), index) for axis, index in planes)
+
+    planes = None if content["planes"] is None else numbered(content["planes"])
+    return Annotation(planes, frozenset(content["classes"]), numbered(content["partial"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,8 +213,8 @@ def _odd_spacings(dataset: RawDataset, scans: Mapping[str, Scan]) -> dict[str, s
         return {}
     median = np.median([scan.spacing for scan in scans.values()], axis=0)
     return {
-        case: f"{dataset.cases[case].images[0]} has a spacing of {_times(scan.spacing)} mm (z y x) where the median of all scans is "
-        f"{_times(median)} mm, so it cannot be resampled like them; correct its header, or remove the scan."
+        case: f"{dataset.cases[case].images[0]} has a spacing of {times(scan.spacing)} mm (z y x) where the median of all scans is "
+        f"{times(median)} mm, so it cannot be resampled like them; correct its header, or remove the scan."
         for case, scan in scans.items()
         if (np.asarray(scan.spacing) > _ODD * median).any() or (_ODD * np.asarray(scan.spacing) < median).any()
     }
@@ -335,7 +338,7 @@ def check_spacing(path: str, spacing: Sequence[float]) -> None:
     if len(spacing) != 3:  # as nnU-Net's readers make of colours
         raise ScanDefect(f"{path} has several values in each voxel, such as colours; save each as a channel of its own.")
     if not all(_SPACINGS[0] <= s <= _SPACINGS[1] for s in spacing):
-        raise ScanDefect(f"the header of {path} gives a spacing of {_times(spacing)} mm (z y x); correct it, or remove the scan.")
+        raise ScanDefect(f"the header of {path} gives a spacing of {times(spacing)} mm (z y x); correct it, or remove the scan.")
 
 
 def _read_mask(
@@ -363,11 +366,11 @@ def _geometry_difference(
 ) -> str:
     """In what a scan and its mask differ, in words; empty if in nothing."""
     if tuple(shape) != tuple(mask_shape):
-        return f"shape ({_times(shape)} and {_times(mask_shape)} voxels, z y x)"
+        return f"shape ({times(shape)} and {times(mask_shape)} voxels, z y x)"
     spacing, mask_spacing = (np.asarray(p["spacing"], dtype=float) for p in (properties, mask_properties))
     extent = np.asarray(shape) * np.abs(spacing - mask_spacing)
     if not (extent <= _GEOMETRY_TOLERANCE * spacing).all():  # NaN differs
-        return f"spacing ({_times(spacing)} and {_times(mask_spacing)} mm, z y x)"
+        return f"spacing ({times(spacing)} and {times(mask_spacing)} mm, z y x)"
     affine, mask_affine = _affine(properties), _affine(mask_properties)
     if affine is None or mask_affine is None:  # formats without a place in the world
         return ""
@@ -395,10 +398,6 @@ def _affine(properties: Mapping[str, Any]) -> np.ndarray | None:
     affine[:used, :used] = direction * np.asarray(stuff["spacing"])[:used]
     affine[:used, used] = np.asarray(stuff["origin"])[:used]
     return affine
-
-
-def _times(numbers: Iterable[float]) -> str:
-    return " x ".join(f"{n:.6g}" for n in numbers)
 
 
 def why_unreadable(error: Exception) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from nnunetv2_cmems.method.contacts import count_contacts, touching
@@ -79,8 +79,7 @@ def _brighter(image: np.ndarray, labels: np.ndarray, one: int, other: int) -> fl
     for part, label in zip(image, labels, strict=True):
         bright, dark = part[label == one], part[label == other]
         if min(len(bright), len(dark)) >= FEWEST:
-            ranks = rankdata(np.concatenate([bright, dark]))[: len(bright)].sum()  # Mann and Whitney's U
-            shares.append((ranks - len(bright) * (len(bright) + 1) / 2) / (len(bright) * len(dark)))
+            shares.append(mannwhitneyu(bright, dark, method="asymptotic").statistic / (len(bright) * len(dark)))
             weights.append(len(bright) + len(dark))
     return float(np.average(shares, weights=weights)) if shares else float("nan")
 

@@ -22,7 +22,7 @@ from nnunetv2_cmems.config import CONFIG_VARIABLE, CMEMSConfig, ExemplarSpec, wi
 from nnunetv2_cmems.data.exemplar import PreprocessedDataset, load_exemplars, rank_exemplars
 from nnunetv2_cmems.data.looks import patients_of
 from nnunetv2_cmems.errors import CMEMSError, first_line
-from nnunetv2_cmems.files import environment, find_dataset, write_json
+from nnunetv2_cmems.files import environment, find_dataset, read_plans, write_json
 from nnunetv2_cmems.method.objective import batch_sizes, passes_per_step
 from nnunetv2_cmems.study.methods import OURS, Exemplar, Method, depends_on_exemplar, find_trainer, is_ours, merged, plain_method
 from nnunetv2_cmems.study.run import RunSpec
@@ -202,21 +202,6 @@ def open_fold(dataset: str, configuration: str, plans: str, fold: str) -> Fold:
         )
     batch = int(trainer.configuration_manager.batch_size)
     return Fold(name, configuration, plans, fold, folder, tuple(training), tuple(validation), images, batch)
-
-
-def read_plans(path: str) -> dict[str, Any]:
-    """nnU-Net's plans.
-
-    Raises:
-        CMEMSError: there is no such file, or it holds no plans.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content: dict[str, Any] = json.load(file)
-        content["configurations"], content["plans_name"]
-        return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CMEMSError(f"{path} cannot be read as nnU-Net's plans ({first_line(error)}); plan the data set, or correct -p.") from error
 
 
 def batch_size(fold: Fold, plans: str) -> int:

@@ -15,8 +15,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from nnunetv2_cmems.errors import CMEMSError, show_errors_as_sentences
-from nnunetv2_cmems.files import find_dataset, read_json, write_json
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_cmems.errors import CMEMSError, show_errors_as_sentences, times
+from nnunetv2_cmems.files import find_dataset, read_plans, write_json
 
 
 def small_configuration(
@@ -95,21 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = os.path.join(folder, f"{args.p}.json")
     if not os.path.isfile(path):
         raise CMEMSError(f"{path} does not exist; {again} first.")
-    plans = read_json(path, f"{again} again")
-    if not isinstance(plans, dict) or not {"configurations", "plans_name"} <= set(plans):
-        raise CMEMSError(f"{path} holds no plans of nnU-Net; {again} again.")
+    plans = read_plans(path, f"{again} again")
     plans["configurations"][args.name] = small_configuration(
         plans, args.c, args.name, patch_size=args.patch, spacing=args.spacing, features=args.features, batch_size=args.batch
     )
     write_json(path, plans)
-    base = plans["configurations"][args.c]
-    small = f"{_sides(args.spacing)} mm and patches of {_sides(args.patch)} voxels"
-    large = f"{_sides(base.get('spacing', ()))} mm and {_sides(base['patch_size'])} voxels"
+    base = PlansManager(plans).get_configuration(args.c)
+    small = f"{times(args.spacing)} mm and patches of {times(args.patch)} voxels"
+    large = f"{times(base.spacing)} mm and {times(base.patch_size)} voxels"
     print(f"added configuration {args.name} to {path}: {small}, where {args.c} has {large}; --spacing and --patch set others.")
-
-
-def _sides(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{number:g}" for number in numbers)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 from nnunetv2_cmems.config import CMEMSConfig
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.files import environment, read_json
+from nnunetv2_cmems.files import environment, read_json, read_plans
 from nnunetv2_cmems.method.networks import splits
 from nnunetv2_cmems.method.objective import Batches, passes_per_step
-from nnunetv2_cmems.study.grid import Fold, read_plans
+from nnunetv2_cmems.study.grid import Fold
 from nnunetv2_cmems.study.methods import find_trainer
 from nnunetv2_cmems.study.run import versions
 from nnunetv2_cmems.trainers.distributed import unwrapped

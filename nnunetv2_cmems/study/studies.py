@@ -18,7 +18,8 @@ from nnunetv2_cmems.data.exemplar import list_candidates, rank_exemplars
 from nnunetv2_cmems.data.raw import open_raw, quiet_itk
 from nnunetv2_cmems.data.suggestion import ScanSummary, order_slices, summarise_dataset
 from nnunetv2_cmems.errors import CMEMSError
-from nnunetv2_cmems.study.grid import Fold, Grid, read_plans, to_dict
+from nnunetv2_cmems.files import read_plans
+from nnunetv2_cmems.study.grid import Fold, Grid, to_dict
 from nnunetv2_cmems.study.methods import OURS, Exemplar, Method, plain_method, variant
 from nnunetv2_cmems.trainers import nnUNetTrainerCMEMS
 
