@@ -56,8 +56,9 @@ class TermConfig:
     Attributes:
         enabled: off switch. A disabled term is not computed at all.
         weight: final weight of the term.
-        start: fraction of the training before which the weight is 0.
-        rampup: fraction of the training, after ``start``, over which the weight grows.
+        start: fraction of the training before which the weight is 0; of ``image`` and ``feature`` one of its first ``early_steps``, if it
+            is longer.
+        rampup: likewise, after ``start``, over which the weight grows.
         rampup_shape: how it grows: ``"linear"``, from 0; or ``"gaussian"``, exp(-5 (1 - t)^2) of it at the share t of the
             ramp, as Mean Teacher and its kin do (Laine & Aila, ICLR 2017).
     """
@@ -186,8 +187,9 @@ class ScanLabelsConfig:
     these.
 
     Attributes:
-        at: fractions of the training, 0 and 1 excluded, at which labels are made, each time anew; ``[]``: never. Nothing is made where
-            both consistency terms are switched off; ``consistency`` must be ``"pseudo_label"``.
+        at: fractions of the training, 0 and 1 excluded, at which labels are made, each time anew, and before that at these fractions of
+            its first ``early_steps``, if it is longer; ``[]``: never. Nothing is made where both consistency terms are switched off;
+            ``consistency`` must be ``"pseudo_label"``.
         propagation: share of a scan's slices, for each class those on which the members agree best, from which what they say is carried to
             the other slices by registration. 0: nothing is carried. Only where slices are more than three times as far apart as their
             pixels (of 2D configurations those of the images, by the plans' median); needs two members.
@@ -271,6 +273,9 @@ class CMEMSConfig:
         num_epochs: length of the training in epochs.
         iterations_per_epoch: optimiser steps an epoch (nnU-Net's 250).
         val_iterations_per_epoch: batches of the online validation an epoch (nnU-Net's 50).
+        early_steps: a training of more steps than this begins as one of so many steps: the consistency terms start and grow, and the
+            first rounds of ``scan_labels`` are made, at these fractions of so many steps. A remedy for slices that fail in long trainings,
+            such as 800; with a typical slice it costs accuracy. 0: all of it at fractions of the whole training.
         optimizer: ``"adamw"``, or nnU-Net's ``"sgd"`` (Nesterov momentum 0.99, weight decay 3e-5).
         initial_lr: learning rate at the start of nnU-Net's polynomial decay; ``None``: for SGD nnU-Net's 0.01, for
             AdamW 0.064 by the channels of the network's first stage: 0.008 at 8 channels, where we measured it, and
@@ -339,6 +344,7 @@ class CMEMSConfig:
     num_epochs: int = _between(1, 10**6, 200)
     iterations_per_epoch: int = _between(1, 10**6, 250)
     val_iterations_per_epoch: int = _between(1, 10**6, 50)
+    early_steps: int = _between(0, 10**6, 0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     initial_lr: float | None = _between(1e-8, 10.0, None)
     lr_warmup: float = _between(0.0, 1.0, 0.05)
@@ -392,6 +398,21 @@ class CMEMSConfig:
         if self.initial_lr is not None:
             return self.initial_lr
         return 0.064 / channels if self.optimizer == "adamw" else 0.01
+
+    @property
+    def scheduled(self) -> CMEMSConfig:
+        """This training with fractions of its whole length, where ``early_steps`` makes them fractions of its beginning."""
+        steps = self.num_epochs * self.iterations_per_epoch
+        if not 0 < self.early_steps < steps:
+            return self
+        share = self.early_steps / steps
+        image, feature = (
+            dataclasses.replace(term, start=share * term.start, rampup=share * term.rampup) for term in (self.image, self.feature)
+        )
+        at = tuple(sorted({*(share * fraction for fraction in self.scan_labels.at), *self.scan_labels.at}))
+        return dataclasses.replace(
+            self, image=image, feature=feature, scan_labels=dataclasses.replace(self.scan_labels, at=at), early_steps=0
+        )
 
     def class_weighting_at(self, progress: float) -> float:
         """The exponent at ``progress`` in [0, 1], the fraction of the training that is done."""

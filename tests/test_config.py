@@ -15,6 +15,7 @@ from nnunetv2_cmems.config import (
     CONFIG_VARIABLE,
     CMEMSConfig,
     ExemplarSpec,
+    ScanLabelsConfig,
     TermConfig,
     differences,
     load_config,
@@ -257,6 +258,18 @@ def test_trainer_that_learns_nothing_is_refused_without_a_file() -> None:
 )
 def test_weight_of_a_term_over_the_training(term: TermConfig, weights: dict[float, float]) -> None:
     assert {progress: term.weight_at(progress) for progress in weights} == pytest.approx(weights)
+
+
+def test_a_long_training_begins_as_a_short_one() -> None:
+    term, at = TermConfig(weight=2.0, start=0.2, rampup=0.3), ScanLabelsConfig(at=(0.25, 0.5))
+    asked = dataclasses.replace(DEFAULT, image=term, feature=term, scan_labels=at, early_steps=400, iterations_per_epoch=100)
+    long = dataclasses.replace(asked, num_epochs=8).scheduled
+    assert long.image == long.feature == TermConfig(weight=2.0, start=0.1, rampup=0.15)
+    assert long.scan_labels == ScanLabelsConfig(at=(0.125, 0.25, 0.5)), "what both schedules ask for is made once"
+    assert long.supervised == asked.supervised and long.scheduled is long
+    for unchanged in (dataclasses.replace(asked, num_epochs=4), dataclasses.replace(asked, num_epochs=8, early_steps=0)):
+        assert unchanged.scheduled is unchanged
+    assert dataclasses.replace(asked, num_epochs=8, scan_labels=ScanLabelsConfig(at=())).scheduled.scan_labels.at == ()
 
 
 @pytest.mark.parametrize("image", [True, False])

@@ -462,6 +462,17 @@ def test_the_log_says_in_how_many_scans_grey_values_tell_organs_apart(
     assert logs(trainer).get("scan_label_greys", [])[-2:] == ([1 / 3] * 2 if known else [])
 
 
+@pytest.mark.parametrize(("early", "limit", "advised"), [(0, 3, True), (0, 4, False), (4, 3, False)], ids=["long", "short", "tried"])
+def test_failed_long_trainings_are_advised_to_label_early(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, early: int, limit: int, advised: bool
+) -> None:
+    monkeypatch.setattr(rounds, "EARLY", limit)
+    monkeypatch.setattr(rounds, "tell_apart", lambda *_: False)
+    workspace.configure(**ON, early_steps=early)
+    log = Path(workspace.train().log_file).read_text()
+    assert "hardly understood" in log and (f"'early_steps' of {limit} may help" in log) == advised
+
+
 @pytest.mark.parametrize("arranged", [True, False])
 def test_scans_that_are_not_arranged_as_annotated_wait(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, arranged: bool) -> None:
     asked: list[list[int]] = []
@@ -1127,6 +1138,28 @@ def test_a_few_scans_only(workspace: Workspace) -> None:
     trainer = workspace.interrupted(2)
     assert sorted(path.stem for path in (folder(workspace) / "epoch_1").iterdir()) == rounds.chosen(UNLABELLED, 2)
     assert not any("scan_label_dice" in key for key in logs(trainer))
+
+
+def test_a_long_training_has_early_rounds_and_early_consistency(workspace: Workspace) -> None:
+    """Of 8 steps, 4 early: consistency from the second one on, not the fourth, and rounds after 2 and 4 of them."""
+    late = {"start": 0.25, "rampup": 0.0}
+    workspace.configure(
+        **{**ON, "num_epochs": 4, "iterations_per_epoch": 2, "early_steps": 4, "image": late, "feature": late, "checkpoint_every": 1}
+    )
+    trainer = workspace.make()
+    step, asked = trainer.train_step, []
+
+    def remembered(batch: dict[str, Tensor]) -> Any:
+        progress = trainer._progress()
+        asked.append(trainer._objective.config.image.weight_at(progress))
+        return step(batch)
+
+    trainer.train_step = remembered
+    workspace.interrupted(3, trainer)
+    assert asked == [0.0, *[1.0] * 5]
+    labelled = [epoch for epoch, count in enumerate(logs(trainer)["scan_label_passes"]) if count > 0]
+    assert labelled == [1, 2], "half of 4 steps, half of 8"
+    assert trainer.config.early_steps == 4 and trainer.config.scan_labels.at == (0.5,), "as asked, for who continues"
 
 
 def test_probabilities_cannot_be_compared_with_labels(workspace: Workspace) -> None:

@@ -134,16 +134,19 @@ class Grid:
             return None
         if self.same == "steps":
             return self.iterations
-        return max(1, round(self.iterations * self._step_passes(plain_method(OURS)) / self._step_passes(method)))
+        ours = self._step_passes(plain_method(OURS), self.iterations)
+        return max(1, round(self.iterations * ours / self._step_passes(method, self.iterations)))
 
     def passes(self, method: Method) -> float | None:
         """Network passes of one run; None where the trainer is not ours."""
         steps = self.steps(method)
-        return None if steps is None else self.epochs * steps * self._step_passes(method)
+        return None if steps is None else self.epochs * steps * self._step_passes(method, steps)
 
-    def _step_passes(self, method: Method) -> float:
+    def _step_passes(self, method: Method, steps: int) -> float:
+        """The mean over a training of so many steps an epoch."""
         source = f"the config of {method.name}"
         config = with_overrides(find_trainer(method.trainer).config, merged(self.config, method.overrides), source)
+        config = replace(config, num_epochs=self.epochs, iterations_per_epoch=steps)
         batch = self.fold.batch_size if method.plans is None else batch_size(self.fold, method.plans)
         return passes_per_step(config, batch_sizes(config, batch))
 

@@ -413,7 +413,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
     # ------------------------------------------------------------------ training
 
     def _prepare_objective(self) -> None:
-        config = self.config
+        config = self.config.scheduled
         if config.synthetic.enabled and not self._synthesises:
             config = dataclasses.replace(config, synthetic=TermConfig(enabled=False))
             why = "no annotated slice shows every class, so that they would lack organs ('complete_only' of 'synthesis')"

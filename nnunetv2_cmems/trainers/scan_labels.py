@@ -85,6 +85,9 @@ HARDLY = (
     "slice, or a second one, helps. "
 )
 
+EARLY = 800
+"""Steps: longer trainings that fail may gain if they begin as one of so many, with which slices were mended ('early_steps')."""
+
 SHARE_OF_ATLASES = 0.65
 """Weight of the labels that annotated volumes give by registration, beside what the members say. So these only move a border where the
 grey values are on their side, too."""
@@ -104,7 +107,7 @@ class ScanLabels:
     """
 
     def __init__(self, trainer: Any, cases: Mapping[str, PreprocessedDataset], atlases: list[str]) -> None:
-        self._config: ScanLabelsConfig = trainer.config.scan_labels
+        self._config: ScanLabelsConfig = trainer.config.scheduled.scan_labels
         if not has_thick_slices(trainer):
             self._config = dataclasses.replace(self._config, propagation=0.0)
         single_slices = one_slice_a_case(trainer.exemplars)
@@ -366,7 +369,7 @@ class ScanLabels:
         trainer.history.add({"scan_label_greys": share}, trainer.current_epoch)
         pairs = ", ".join(f"{self._space.names[pair.one - 1]} from {self._space.names[pair.other - 1]}" for pair in self._told_apart)
         told = f"Told apart by grey values, nearly as where they are annotated: {pairs}, in {sum(apart)} of {len(apart)} scans."
-        trainer.print_to_log_file(told + HARDLY * (last and share < FEW_SCANS))
+        trainer.print_to_log_file(told + (_hardly(trainer.config) if last and share < FEW_SCANS else ""))
 
     def _tell_of_walls(self, trainer: Any, walled: Sequence[bool], slices: Sequence[tuple[int, int]], last: bool) -> None:
         """Log how many of these slices, (all, right ones) for each scan, show what is ``walled`` within its wall."""
@@ -376,7 +379,7 @@ class ScanLabels:
         names = ", ".join(name for name, one in zip(self._space.names, walled) if one)
         told = f"Within another organ, as where it is annotated: {names}, in {100 * share:.0f} % of the labelled slices that show it."
         if last and share < FEW_SLICES:
-            told += HARDLY
+            told += _hardly(trainer.config)
             if trainer._objective.config.organ_scale == AS_ANNOTATED:
                 told += (
                     "If the annotated organs have unusual sizes beside each other, 'organ_scale' of [0.5, 2] and "
@@ -414,6 +417,12 @@ class ScanLabels:
             probabilities = torch.where(said[part] != UNKNOWN, torch.lerp(probabilities, heads, SHARE_OF_ATLASES), probabilities)
             whole[part] = rule.labels(probabilities, image, space, self._planar)
         return whole.numpy()
+
+
+def _hardly(config: CMEMSConfig) -> str:
+    """What is said where networks have failed."""
+    long = config.num_epochs * config.iterations_per_epoch > EARLY
+    return HARDLY + f"In a training as long as this one 'early_steps' of {EARLY} may help, too. " * (long and not config.early_steps)
 
 
 def _of_this_process(trainer: Any, cases: Iterable[str]) -> list[str]:
@@ -553,7 +562,7 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
     Raises:
         CMEMSError: the consistency terms cannot be compared with labels.
     """
-    config = trainer.config
+    config = trainer.config.scheduled
     if config.scan_labels.at and config.uses_unlabelled and config.consistency != "pseudo_label":
         raise CMEMSError(
             f"labels of whole scans ('scan_labels.at') need 'consistency' to be \"pseudo_label\", but it is \"{config.consistency}\" "
