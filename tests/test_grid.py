@@ -190,6 +190,13 @@ def test_steps_of_a_single_supervised_network(fold: Fold) -> None:
     assert grid.steps(plain_method("nnUNetTrainer")) is None
 
 
+def test_passes_of_a_training_that_begins_as_a_short_one(fold: Fold) -> None:
+    """By hand: of 10,000 steps the consistency takes part from a fifth of the first 800 on."""
+    supervised, weak, strong, perturbed = 3 * 2, 2, 0.984 * 3 * 2, 0.984 * 2 * (3 * 0.5 + 2 * 0.5)
+    grid = make_grid(fold, iterations=100, config={"early_steps": 800})
+    assert grid.passes(plain_method(OURS)) == pytest.approx(10_000 * 2 * (supervised + weak + strong + perturbed))
+
+
 def test_config_for_all_methods(fold: Fold) -> None:
     grid = make_grid(fold, config={"tau": 0.7, "image": {"rampup": 0.1}, "checkpoint_every": 3})
     (spec, *_) = grid.runs(Method("", f"{OURS}_imageOnly", {"image": {"start": 0.5}}))

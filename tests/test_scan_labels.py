@@ -1141,7 +1141,7 @@ def test_a_few_scans_only(workspace: Workspace) -> None:
 
 
 def test_a_long_training_has_early_rounds_and_early_consistency(workspace: Workspace) -> None:
-    """Of 8 steps, 4 early: consistency from the second one on, not the fourth, and rounds after 2 and 4 of them."""
+    """Of 8 steps, 4 early: consistency from the second one on, not the third, and rounds after 2 and 4 of them."""
     late = {"start": 0.25, "rampup": 0.0}
     workspace.configure(
         **{**ON, "num_epochs": 4, "iterations_per_epoch": 2, "early_steps": 4, "image": late, "feature": late, "checkpoint_every": 1}

@@ -90,7 +90,8 @@ def passes_per_step(config: CMEMSConfig, batches: Batches, decoder_share: float 
     """
     passes = 3.0 * (batches.exemplar + batches.synthetic)
     if config.uses_unlabelled:
-        image, feature = (_active(term) for term in (config.scheduled.image, config.scheduled.feature))
+        scheduled = config.scheduled
+        image, feature = (_active(term) for term in (scheduled.image, scheduled.feature))
         perturbed = 3 * decoder_share + 2 * (1 - decoder_share)
         if config.ema_decay:  # the weak view goes through the member's encoder besides its running mean
             perturbed += 1 - decoder_share

@@ -80,11 +80,6 @@ FEW_SCANS = 0.6
 round. On ACDC it is 0.8 to 1 in the annotators' own labels, 0.85 or more in predictions of trainings that worked, and 0.4 in the labels
 of one that failed, though walls were where they should be in 0.9 of the slices."""
 
-HARDLY = (
-    " The networks have hardly understood the organs: unlabelled.png shows in the end what they take for them, and another annotated "
-    "slice, or a second one, helps. "
-)
-
 EARLY = 800
 """Steps: longer trainings that fail may gain if they begin as one of so many, with which slices were mended ('early_steps')."""
 
@@ -421,8 +416,13 @@ class ScanLabels:
 
 def _hardly(config: CMEMSConfig) -> str:
     """What is said where networks have failed."""
-    long = config.num_epochs * config.iterations_per_epoch > EARLY
-    return HARDLY + f"In a training as long as this one 'early_steps' of {EARLY} may help, too. " * (long and not config.early_steps)
+    told = (
+        " The networks have hardly understood the organs: unlabelled.png shows in the end what they take for them, and another annotated "
+        "slice, or a second one, helps. "
+    )
+    if config.num_epochs * config.iterations_per_epoch > EARLY and not config.early_steps:
+        told += f"In a training as long as this one 'early_steps' of {EARLY} may help, too. "
+    return told
 
 
 def _of_this_process(trainer: Any, cases: Iterable[str]) -> list[str]:
