@@ -219,6 +219,8 @@ class ScanLabelsConfig:
             class which it shows, and in at least half of the slices have within its wall what one other class encloses there. The
             others wait for the next round. Counts where ``contacts`` does, and a class is enclosed so. ``None``: where no case has more
             than one annotated slice. To be switched off where scans need not show every class.
+        told_apart_only: where ``arranged_only`` counts, of these scans only those teach in whose labels organs differ in grey values nearly
+            as where they are annotated. ``None``: in trainings that are longer than their ``early_steps``.
         waists: likewise, where ``contacts`` is on, one that never touches some other one and has a waist, narrower than in the annotated
             images: there it is two that hang together. Not where a volume is annotated as a whole, which shows where organs end.
         places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or
@@ -246,6 +248,7 @@ class ScanLabelsConfig:
     shared_appearance: bool = True
     contacts: bool = True
     arranged_only: bool | None = None
+    told_apart_only: bool | None = None
     waists: bool = True
     places: bool = True
     atlases: int = _between(0, 100, 3)
@@ -280,7 +283,8 @@ class CMEMSConfig:
         initial_lr: learning rate at the start of nnU-Net's polynomial decay; ``None``: for SGD nnU-Net's 0.01, for
             AdamW 0.064 by the channels of the network's first stage: 0.008 at 8 channels, where we measured it, and
             0.002 at nnU-Net's 32, where we have not. (Adam's steps do not shrink as layers get wider.)
-        lr_warmup: AdamW: fraction of the training over which the learning rate grows from 0.
+        lr_warmup: AdamW: fraction of the training, or of its first ``early_steps``, if it is longer, over which the learning rate grows
+            from 0.
         weight_decay: AdamW's decoupled weight decay.
         exemplar_batch: exemplar images a step and member; ``None``: a quarter of the plans' batch
             size. The shares of streams that are switched off go to the supervised streams.
@@ -410,9 +414,8 @@ class CMEMSConfig:
             dataclasses.replace(term, start=share * term.start, rampup=share * term.rampup) for term in (self.image, self.feature)
         )
         at = tuple(sorted({*(share * fraction for fraction in self.scan_labels.at), *self.scan_labels.at}))
-        return dataclasses.replace(
-            self, image=image, feature=feature, scan_labels=dataclasses.replace(self.scan_labels, at=at), early_steps=0
-        )
+        labels = dataclasses.replace(self.scan_labels, at=at)
+        return dataclasses.replace(self, image=image, feature=feature, scan_labels=labels, lr_warmup=share * self.lr_warmup, early_steps=0)
 
     def class_weighting_at(self, progress: float) -> float:
         """The exponent at ``progress`` in [0, 1], the fraction of the training that is done."""

@@ -47,6 +47,7 @@ def change_everything(values: dict[str, Any]) -> dict[str, Any]:
         "at": [0.25, 0.75, 0.875],
         "organ_scale": [0.5, 1.75],
         "arranged_only": True,
+        "told_apart_only": True,
     }
     changed = {}
     for key, value in values.items():
@@ -262,10 +263,11 @@ def test_weight_of_a_term_over_the_training(term: TermConfig, weights: dict[floa
 
 def test_a_long_training_begins_as_a_short_one() -> None:
     term, at = TermConfig(weight=2.0, start=0.2, rampup=0.3), ScanLabelsConfig(at=(0.25, 0.5))
-    asked = dataclasses.replace(DEFAULT, image=term, feature=term, scan_labels=at, early_steps=400, iterations_per_epoch=100)
+    asked = dataclasses.replace(DEFAULT, image=term, feature=term, scan_labels=at, early_steps=400, iterations_per_epoch=100, lr_warmup=0.1)
     long = dataclasses.replace(asked, num_epochs=8).scheduled
     assert long.image == long.feature == TermConfig(weight=2.0, start=0.1, rampup=0.15)
     assert long.scan_labels == ScanLabelsConfig(at=(0.125, 0.25, 0.5)), "what both schedules ask for is made once"
+    assert long.lr_warmup == 0.05
     assert long.supervised == asked.supervised and long.scheduled is long
     for unchanged in (dataclasses.replace(asked, num_epochs=4), dataclasses.replace(asked, num_epochs=8, early_steps=0)):
         assert unchanged.scheduled is unchanged

@@ -498,6 +498,32 @@ def test_scans_that_are_not_arranged_as_annotated_wait(workspace: Workspace, mon
     ("config", "waiting"),
     [
         ({}, False),
+        ({"early_steps": 2}, True),
+        ({"early_steps": 2, "scan_labels": {"at": [0.5], "told_apart_only": False}}, False),
+        ({"scan_labels": {"at": [0.5], "told_apart_only": True}}, True),
+        ({"scan_labels": {"at": [0.5], "told_apart_only": True, "arranged_only": False}}, False),
+    ],
+    ids=["default", "early", "switched off", "asked for", "with what is arranged otherwise"],
+)
+def test_scans_wait_that_grey_values_do_not_tell_apart(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], waiting: bool
+) -> None:
+    """The first of three, which is made up."""
+    asked: list[None] = []
+    monkeypatch.setattr(Contacts, "arranged", lambda *_: True)
+    monkeypatch.setattr(rounds, "tell_apart", lambda *_: (asked.append(None), len(asked) % len(UNLABELLED) != 1)[1])
+    workspace.configure(**{**ON, **config})
+    trainer = workspace.train()
+    log, count = Path(trainer.log_file).read_text(), len(UNLABELLED)
+    assert logs(trainer).get("scan_labels_left_out", [0])[-1] == waiting
+    assert ("told apart by grey values as in the annotation, so that they teach" in log) == waiting
+    assert (f"('scan_labels.arranged_only' and 'told_apart_only'): {count - 1} of {count} scans;" in log) == waiting
+
+
+@pytest.mark.parametrize(
+    ("config", "waiting"),
+    [
+        ({}, False),
         ({"scan_labels": {"at": [0.5], "arranged_only": True}}, True),
         ({"exemplar": [EXEMPLAR], "scan_labels": {"at": [0.5], "arranged_only": False}}, False),
     ],
@@ -518,10 +544,11 @@ def test_scans_wait_where_one_slice_is_annotated(
 def test_where_nothing_is_enclosed_all_scans_teach(
     workspace: Workspace, prepare: Callable[[Workspace], dict[str, Any]], config: dict[str, Any]
 ) -> None:
-    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "arranged_only": True, **config}})
+    workspace.configure(**{**ON, "scan_labels": {"at": [0.5], "arranged_only": True, "told_apart_only": True, **config}})
     trainer = workspace.train(**prepare(workspace))
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
     assert "all scans teach, and 'scan_labels.arranged_only' changes nothing" in log
+    assert "'scan_labels.told_apart_only' changes nothing" in log
     assert "so that they teach" not in log
 
 

@@ -301,8 +301,10 @@ def test_each_preset_trains(workspace: Workspace, name: str, members: int, terms
 # ------------------------------------------------------------------ going on
 
 
-def test_the_learning_rate_warms_up_and_decays_per_step(workspace: Workspace) -> None:
-    workspace.configure(num_epochs=2, iterations_per_epoch=4, lr_warmup=0.25, initial_lr=0.01)
+@pytest.mark.parametrize(("warmup", "early"), [(0.25, 0), (0.5, 4)], ids=["of all steps", "of early steps"])
+def test_the_learning_rate_warms_up_and_decays_per_step(workspace: Workspace, warmup: float, early: int) -> None:
+    """Over 2 of 8 steps."""
+    workspace.configure(num_epochs=2, iterations_per_epoch=4, lr_warmup=warmup, initial_lr=0.01, early_steps=early)
     trainer, rates = workspace.make(), []
     step = trainer.train_step
     trainer.train_step = lambda batch: (step(batch), rates.append(trainer.optimizer.param_groups[0]["lr"]))[0]

@@ -212,7 +212,7 @@ class nnUNetTrainerCMEMS(nnUNetTrainer):
             return super().configure_optimizers()
         config = self.config
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=config.weight_decay)
-        return optimizer, WarmedUpPoly(optimizer, self.initial_lr, config.lr_warmup)
+        return optimizer, WarmedUpPoly(optimizer, self.initial_lr, config.scheduled.lr_warmup)
 
     # ------------------------------------------------------------------ data
 

@@ -108,6 +108,8 @@ class ScanLabels:
         single_slices = one_slice_a_case(trainer.exemplars)
         if self._config.arranged_only is None:
             self._config = dataclasses.replace(self._config, arranged_only=single_slices)
+        if self._config.told_apart_only is None:
+            self._config = dataclasses.replace(self._config, told_apart_only=trainer.config.scheduled is not trainer.config)
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
         self._registered = {case: cases[case] for case in chosen(cases, max(self._config.most_scans, MOST_REGISTERED))}
@@ -255,11 +257,12 @@ class ScanLabels:
             windows.extend(count_windows(shape, patch) for shape in prediction.shown)
             known = self.files.whole(case, 0) if case in registered else None
             labels = self._labels_of(prediction.logits, image, prediction.in_slices, known)
-            if self._told_apart:
-                apart.append(tell_apart(self._told_apart, image.numpy(), labels))
+            differ = bool(self._told_apart) and tell_apart(self._told_apart, image.numpy(), labels)
+            apart.append(differ)
             if contacts is not None:
                 slices.append(contacts.within(labels))
-                if self.arranged_only and known is None and not contacts.arranged(labels, self._drawn_classes):
+                waits = self.told_apart_only and not differ
+                if self.arranged_only and known is None and (waits or not contacts.arranged(labels, self._drawn_classes)):
                     labels = np.full_like(labels, LEFT_OUT)
                     waiting.append(case)
             return case, labels
@@ -276,9 +279,11 @@ class ScanLabels:
             if self.arranged_only:
                 left_out = len(distributed.gathered(waiting))
                 trainer.history.add({"scan_labels_left_out": left_out}, trainer.current_epoch)
+                greys = " and told apart by grey values" if self.told_apart_only else ""
+                keys = "'scan_labels.arranged_only'" + (" and 'told_apart_only'" if greys else "")
                 trainer.print_to_log_file(
-                    f"Arranged as in the annotation, so that they teach ('scan_labels.arranged_only'): {len(self._cases) - left_out} of "
-                    f"{len(self._cases)} scans; where scans need not show every class, switch it off."
+                    f"Arranged{greys} as in the annotation, so that they teach ({keys}): {len(self._cases) - left_out} of "
+                    f"{len(self._cases)} scans; where scans need not show every class, switch {'them' if greys else 'it'} off."
                 )
 
     @property
@@ -291,6 +296,11 @@ class ScanLabels:
     def arranged_only(self) -> bool:
         """Whether only scans teach whose labels are arranged as in the annotation."""
         return bool(self._config.arranged_only) and self._walls is not None
+
+    @property
+    def told_apart_only(self) -> bool:
+        """Whether, of these, only scans teach in whose labels organs differ in grey values as in the annotation."""
+        return self.arranged_only and bool(self._config.told_apart_only) and bool(self._told_apart)
 
     def _write(
         self,
@@ -600,6 +610,11 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
         trainer.print_to_log_file(
             "No annotated class is enclosed by one other alone, or 'scan_labels.contacts' does not count: all scans teach, and "
             "'scan_labels.arranged_only' changes nothing."
+        )
+    if made is not None and config.scan_labels.told_apart_only and not made.told_apart_only:
+        trainer.print_to_log_file(
+            "No organs that touch are told apart by grey values where they are annotated, a case has more than one annotated slice, or "
+            "'scan_labels.arranged_only' does not count: 'scan_labels.told_apart_only' changes nothing."
         )
     if made is not None and made.refinement.config.turns:
         trainer.print_to_log_file(
