@@ -276,9 +276,9 @@ class CMEMSConfig:
         num_epochs: length of the training in epochs.
         iterations_per_epoch: optimiser steps an epoch (nnU-Net's 250).
         val_iterations_per_epoch: batches of the online validation an epoch (nnU-Net's 50).
-        early_steps: a training of more steps than this begins as one of so many steps: the consistency terms start and grow, and the
-            first rounds of ``scan_labels`` are made, at these fractions of so many steps. A remedy for slices that fail in long trainings,
-            such as 800; with a typical slice it costs accuracy. 0: all of it at fractions of the whole training.
+        early_steps: a training of more steps than this begins as one of so many steps: the learning rate warms up, the consistency terms
+            start and grow, and the first rounds of ``scan_labels`` are made, at these fractions of so many steps. A remedy for slices that
+            fail in long trainings, such as 800; with a typical slice it may cost a point. 0: all of it at fractions of the whole training.
         optimizer: ``"adamw"``, or nnU-Net's ``"sgd"`` (Nesterov momentum 0.99, weight decay 3e-5).
         initial_lr: learning rate at the start of nnU-Net's polynomial decay; ``None``: for SGD nnU-Net's 0.01, for
             AdamW 0.064 by the channels of the network's first stage: 0.008 at 8 channels, where we measured it, and
