@@ -102,14 +102,15 @@ class ScanLabels:
     """
 
     def __init__(self, trainer: Any, cases: Mapping[str, PreprocessedDataset], atlases: list[str]) -> None:
-        self._config: ScanLabelsConfig = trainer.config.scheduled.scan_labels
+        scheduled: CMEMSConfig = trainer.config.scheduled
+        self._config: ScanLabelsConfig = scheduled.scan_labels
         if not has_thick_slices(trainer):
             self._config = dataclasses.replace(self._config, propagation=0.0)
         single_slices = one_slice_a_case(trainer.exemplars)
         if self._config.arranged_only is None:
             self._config = dataclasses.replace(self._config, arranged_only=single_slices)
         if self._config.told_apart_only is None:
-            self._config = dataclasses.replace(self._config, told_apart_only=trainer.config.scheduled is not trainer.config)
+            self._config = dataclasses.replace(self._config, told_apart_only=scheduled is not trainer.config)
         self._space: LabelSpace = trainer.label_space
         self._cases = {case: cases[case] for case in chosen(cases, self._config.most_scans)}
         self._registered = {case: cases[case] for case in chosen(cases, max(self._config.most_scans, MOST_REGISTERED))}
@@ -257,7 +258,7 @@ class ScanLabels:
             windows.extend(count_windows(shape, patch) for shape in prediction.shown)
             known = self.files.whole(case, 0) if case in registered else None
             labels = self._labels_of(prediction.logits, image, prediction.in_slices, known)
-            differ = bool(self._told_apart) and tell_apart(self._told_apart, image.numpy(), labels)
+            differ = tell_apart(self._told_apart, image.numpy(), labels)
             apart.append(differ)
             if contacts is not None:
                 slices.append(contacts.within(labels))
