@@ -212,6 +212,17 @@ def test_a_stock_model_that_predicts_as_the_members_do_together(
     assert distance < 0.85 * before_that
 
 
+def test_refined_predictions_and_running_means_teach_as_they_are(workspace: Workspace, tmp_path: Path) -> None:
+    """What a checkpoint holds besides its members, as those of the default do, is left out of the student."""
+    round_of_labels = {"at": [0.5], "arranged_only": False}
+    model = train(workspace, num_epochs=2, iterations_per_epoch=1, ema_decay=0.9, scan_labels=round_of_labels)
+    taught = {key.split(".")[0] for key in content(model)["network_weights"]}
+    assert taught == {"members", "teachers", "refinement"}
+    assert export_student(str(model), [0], str(tmp_path / "out"), steps=1, device="cpu").folds == [0]
+    names = stock(tmp_path / "out").network.state_dict().keys()
+    assert content(tmp_path / "out")["network_weights"].keys() == names
+
+
 def test_one_seed_gives_one_student(workspace: Workspace, tmp_path: Path) -> None:
     model = train(workspace)
     found = []

@@ -178,13 +178,14 @@ class Student(nnUNetTrainerCMEMS):
 
 
 def _together(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The members of several trainings as those of one; running means are left out."""
+    """The members of several trainings as those of one; running means, and how predictions are refined, are left out."""
     together: dict[str, Tensor] = {}
     first = 0
     for part in weights:
         for key, value in part.items():
-            head, number, *rest = key.split(".")
+            head, *rest = key.split(".")
             if head == "members":
+                number, *rest = rest
                 together[".".join((head, str(first + int(number)), *rest))] = value
         first += count_members(part)
     return together
