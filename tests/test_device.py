@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import TRAINING, VALIDATION, Workspace
 
 PROGRAM = Path(__file__).with_name("pretended_device.py")
@@ -20,12 +23,13 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=PROGRAM.parent, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def can_be_pretended() -> None:
     if python("-c", "from torch.utils.backend_registration import _setup_privateuseone_for_python_backend").returncode:
         pytest.skip("this PyTorch cannot pretend a device")
 
 
+@pytest.mark.usefixtures("can_be_pretended")
 def test_a_training_and_its_predictions(workspace: Workspace, tmp_path: Path) -> None:
     """A round of labels, a checkpoint, and views of turned scans included, every tensor is where it is used."""
     (workspace.base / "splits_final.json").write_text(json.dumps([{"train": TRAINING, "val": VALIDATION[:1]}]))
@@ -39,6 +43,30 @@ def test_a_training_and_its_predictions(workspace: Workspace, tmp_path: Path) ->
     assert "Labelling whole unlabelled scans: 3 in" in done.stdout and "Mean Validation Dice" in done.stdout
 
 
+def test_half_precision(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With autocast and scaled gradients, as on a GPU: no step is skipped, and the losses are those of full precision at first."""
+    workspace.configure(num_epochs=2, scan_labels={"at": [0.5], "arranged_only": False}, image={"start": 0.0, "rampup": 0.0})
+    losses: dict[bool, list[float]] = {False: [], True: []}
+    for half, found in losses.items():
+        trainer = workspace.make()
+        if half:
+            monkeypatch.setattr(type(trainer), "_autocast", lambda _: torch.autocast("cpu", dtype=torch.float16))
+            trainer.grad_scaler = torch.amp.GradScaler("cpu")
+        step = trainer.train_step
+
+        def noted(batch: dict[str, Any], step: Any = step, found: list[float] = found) -> dict[str, Any]:
+            done: dict[str, Any] = step(batch)
+            found.append(done["loss"])
+            return done
+
+        trainer.train_step = noted
+        trainer.run_training()
+    assert len(losses[True]) == 4 and np.isfinite(losses[True]).all()
+    assert losses[True][0] != losses[False][0] and losses[True][0] == pytest.approx(losses[False][0], rel=0.01)
+    assert {parameter.dtype for parameter in trainer.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("can_be_pretended")
 def test_what_a_gpu_refuses_is_refused() -> None:
     """Or the training above would prove nothing; and what a GPU takes is taken."""
     mixed = ["on + torch.ones(2)", "torch.ones(2).add_(on)", "torch.ones(2)[on > 0] + on", "torch.nn.Linear(2, 1)(on)", "on.numpy()"]
