@@ -62,7 +62,7 @@ run() {
 }
 export -f run train
 # What the defaults were when docs/results.md was measured.
-before='"architecture": "plans", "competence": false, "synthesis": {"complete_only": false}, "scan_labels": {"at": []}'
+before='"architecture": "plans", "competence": false, "synthesis": {"complete_only": false}, "scan_labels": {"at": []}, "early_steps": 0'
 export out before
 xargs -P 2 -L 1 bash -c 'run "$0" "$1" "$2" "$3"' <<JOBS
 127 2d_small nnUNetTrainerCMEMS 5

@@ -188,8 +188,8 @@ class ScanLabelsConfig:
 
     Attributes:
         at: fractions of the training, 0 and 1 excluded, at which labels are made, each time anew, and before that at these fractions of
-            its first ``early_steps``, if it is longer; ``[]``: never. Nothing is made where both consistency terms are switched off;
-            ``consistency`` must be ``"pseudo_label"``.
+            its first ``early_steps``, if it is longer, and from there on whenever it is twice as long; ``[]``: never. Nothing is made where
+            both consistency terms are switched off; ``consistency`` must be ``"pseudo_label"``.
         propagation: share of a scan's slices, for each class those on which the members agree best, from which what they say is carried to
             the other slices by registration. 0: nothing is carried. Only where slices are more than three times as far apart as their
             pixels (of 2D configurations those of the images, by the plans' median); needs two members.
@@ -277,8 +277,8 @@ class CMEMSConfig:
         iterations_per_epoch: optimiser steps an epoch (nnU-Net's 250).
         val_iterations_per_epoch: batches of the online validation an epoch (nnU-Net's 50).
         early_steps: a training of more steps than this begins as one of so many steps: the learning rate warms up, the consistency terms
-            start and grow, and the first rounds of ``scan_labels`` are made, at these fractions of so many steps. A remedy for slices that
-            fail in long trainings, such as 800; with a typical slice it may cost a point. 0: all of it at fractions of the whole training.
+            start and grow, and the first rounds of ``scan_labels`` are made, at these fractions of so many steps. 0: all of it at fractions
+            of the whole training, in which an unusual slice may fail by length.
         optimizer: ``"adamw"``, or nnU-Net's ``"sgd"`` (Nesterov momentum 0.99, weight decay 3e-5).
         initial_lr: learning rate at the start of nnU-Net's polynomial decay; ``None``: for SGD nnU-Net's 0.01, for
             AdamW 0.064 by the channels of the network's first stage: 0.008 at 8 channels, where we measured it, and
@@ -348,7 +348,7 @@ class CMEMSConfig:
     num_epochs: int = _between(1, 10**6, 200)
     iterations_per_epoch: int = _between(1, 10**6, 250)
     val_iterations_per_epoch: int = _between(1, 10**6, 50)
-    early_steps: int = _between(0, 10**6, 0)
+    early_steps: int = _between(0, 10**6, 800)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     initial_lr: float | None = _between(1e-8, 10.0, None)
     lr_warmup: float = _between(0.0, 1.0, 0.05)
@@ -413,8 +413,11 @@ class CMEMSConfig:
         image, feature = (
             dataclasses.replace(term, start=share * term.start, rampup=share * term.rampup) for term in (self.image, self.feature)
         )
-        at = tuple(sorted({*(share * fraction for fraction in self.scan_labels.at), *self.scan_labels.at}))
-        labels = dataclasses.replace(self.scan_labels, at=at)
+        later = self.scan_labels.at
+        early = [share * fraction for fraction in later]
+        while early and 2 * early[-1] < later[0]:
+            early.append(2 * early[-1])
+        labels = dataclasses.replace(self.scan_labels, at=tuple(sorted({*early, *later})))
         return dataclasses.replace(self, image=image, feature=feature, scan_labels=labels, lr_warmup=share * self.lr_warmup, early_steps=0)
 
     def class_weighting_at(self, progress: float) -> float:

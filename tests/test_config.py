@@ -272,6 +272,9 @@ def test_a_long_training_begins_as_a_short_one() -> None:
     for unchanged in (dataclasses.replace(asked, num_epochs=4), dataclasses.replace(asked, num_epochs=8, early_steps=0)):
         assert unchanged.scheduled is unchanged
     assert dataclasses.replace(asked, num_epochs=8, scan_labels=ScanLabelsConfig(at=())).scheduled.scan_labels.at == ()
+    longer = dataclasses.replace(asked, num_epochs=64).scheduled.scan_labels
+    assert longer.at == (1 / 64, 1 / 32, 1 / 16, 1 / 8, 0.25, 0.5), "between them whenever it is twice as long"
+    assert dataclasses.replace(asked, num_epochs=40).scheduled.scan_labels.at == pytest.approx((0.025, 0.05, 0.1, 0.2, 0.25, 0.5))
 
 
 @pytest.mark.parametrize("image", [True, False])

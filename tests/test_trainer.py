@@ -230,16 +230,17 @@ def test_without_mutual_teaching_there_is_no_unlabelled_stream(workspace: Worksp
 
 def test_each_preset_changes_only_the_config() -> None:
     default = CMEMSConfig()
-    as_published: dict[str, Any] = {"architecture": "plans", "competence": False, "scan_labels": ScanLabelsConfig(at=())}
+    as_published: dict[str, Any] = {"architecture": "plans", "competence": False, "scan_labels": ScanLabelsConfig(at=()), "early_steps": 0}
     peer: dict[str, Any] = {**as_published, "synthetic": OFF, "feature": OFF}
     same_views: dict[str, Any] = {"strong": default.weak, "cutmix": 0.0}
+    alone: dict[str, Any] = {"num_members": 1, "synthetic": OFF, "image": OFF, "feature": OFF, "early_steps": 0}
     slowly = TermConfig(weight=0.2, rampup=1.0, rampup_shape="gaussian")
     expected: dict[str, dict[str, Any]] = {
         "nnUNetTrainerCMEMS_paper": {
             **as_published, "optimizer": "sgd", "final_class_weighting": 1.0, "synthesis": SynthesisConfig(complete_only=False),
         },
-        "nnUNetTrainerCMEMS_exemplarOnly": {"num_members": 1, "synthetic": OFF, "image": OFF, "feature": OFF},
-        "nnUNetTrainerCMEMS_allLabels": {"num_members": 1, "synthetic": OFF, "image": OFF, "feature": OFF, "exemplar": "all"},
+        "nnUNetTrainerCMEMS_exemplarOnly": alone,
+        "nnUNetTrainerCMEMS_allLabels": {**alone, "exemplar": "all"},
         "nnUNetTrainerCMEMS_noSynthesis": {"synthetic": OFF},
         "nnUNetTrainerCMEMS_imageOnly": {"feature": OFF},
         "nnUNetTrainerCMEMS_featureOnly": {"image": OFF},

@@ -24,14 +24,14 @@ class nnUNetTrainerCMEMS_paper(nnUNetTrainerCMEMS):
 
     config = dataclasses.replace(
         _DEFAULT, architecture="plans", optimizer="sgd", final_class_weighting=1.0, competence=False,
-        synthesis=SynthesisConfig(complete_only=False), scan_labels=_NO_ROUNDS,
+        synthesis=SynthesisConfig(complete_only=False), scan_labels=_NO_ROUNDS, early_steps=0,
     )  # fmt: skip
 
 
 class nnUNetTrainerCMEMS_exemplarOnly(nnUNetTrainerCMEMS):
     """The floor: one network, supervised on the exemplar alone."""
 
-    config = dataclasses.replace(_DEFAULT, num_members=1, synthetic=_OFF, image=_OFF, feature=_OFF)
+    config = dataclasses.replace(_DEFAULT, num_members=1, synthetic=_OFF, image=_OFF, feature=_OFF, early_steps=0)
 
 
 class nnUNetTrainerCMEMS_allLabels(nnUNetTrainerCMEMS_exemplarOnly):
@@ -64,7 +64,9 @@ class nnUNetTrainerCMEMS_featureOnly(nnUNetTrainerCMEMS):
 # Public code that halves its supervised loss, (cross-entropy + Dice) / 2, has its other weights doubled here, where the
 # supervised loss is cross-entropy + Dice: the ratio of the terms is what counts.
 
-_PEER = dataclasses.replace(_DEFAULT, architecture="plans", synthetic=_OFF, feature=_OFF, competence=False, scan_labels=_NO_ROUNDS)
+_PEER = dataclasses.replace(
+    _DEFAULT, architecture="plans", synthetic=_OFF, feature=_OFF, competence=False, scan_labels=_NO_ROUNDS, early_steps=0
+)
 _SAME_VIEWS: dict[str, Any] = {"strong": _DEFAULT.weak, "cutmix": 0.0}  # no strong view: the pupil sees another weak one
 
 
