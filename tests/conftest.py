@@ -91,6 +91,21 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def interrupted(trainer: Any, epochs: int) -> Any:
+    """The trainer, stopped after so many epochs, like a process that is killed."""
+    start = trainer.on_epoch_start
+
+    def stop() -> None:
+        if trainer.current_epoch == epochs:
+            raise KeyboardInterrupt
+        start()
+
+    trainer.on_epoch_start = stop
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run_training()
+    return trainer
+
+
 class Workspace:
     """A copy of the preprocessed data set that belongs to one test, with an empty results folder beside it.
 
@@ -142,18 +157,7 @@ class Workspace:
 
     def interrupted(self, epochs: int, trainer: Any = None) -> Any:
         """A trainer (a new one, if none is given) that was stopped after so many epochs, like a process that is killed."""
-        made = self.make() if trainer is None else trainer
-        start = made.on_epoch_start
-
-        def stop() -> None:
-            if made.current_epoch == epochs:
-                raise KeyboardInterrupt
-            start()
-
-        made.on_epoch_start = stop
-        with pytest.raises(KeyboardInterrupt):
-            made.run_training()
-        return made
+        return interrupted(self.make() if trainer is None else trainer, epochs)
 
     def resume(self, trainer: type[nnUNetTrainer] = nnUNetTrainerCMEMS, fold: int | str = 0) -> Any:
         """A trainer that has loaded what ``--c`` loads."""

@@ -7,7 +7,6 @@ registered with PyTorch stays.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGURATION, _pools_are_threads
+from conftest import CONFIGURATION, _pools_are_threads, interrupted
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch.utils import _pytree as pytree
@@ -65,7 +64,7 @@ class Pretended(torch.Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):  # as in inference mode
             return function.decompose(*args, **(kwargs or {}))
-        return run(function, args, kwargs or {})
+        return run(function, *args, **(kwargs or {}))
 
 
 def restored(inner: torch.Tensor, requires_grad: bool, parameter: bool) -> torch.Tensor:
@@ -73,7 +72,7 @@ def restored(inner: torch.Tensor, requires_grad: bool, parameter: bool) -> torch
     return torch.nn.Parameter(made, requires_grad) if parameter else made.requires_grad_(requires_grad)
 
 
-def run(function: Any, args: Any, kwargs: Any) -> Any:
+def run(function: Any, *args: Any, **kwargs: Any) -> Any:
     """``function`` of the wrapped tensors, its results wrapped in turn; an error, where a GPU would make one."""
     flat, spec = pytree.tree_flatten((args, kwargs))
     tensors = [value for value in flat if isinstance(value, torch.Tensor)]
@@ -89,6 +88,8 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
         stays_here = bool(here) if asked is None else torch.device(asked).type == NAME
     inner = [value.inner if isinstance(value, Pretended) else CPU if isinstance(value, torch.device) else value for value in flat]
     args, kwargs = pytree.tree_unflatten(inner, spec)
+    if "pin_memory" in kwargs:
+        kwargs["pin_memory"] = False
     known = {id(value.inner) if isinstance(value, Pretended) else id(value): value for value in tensors}
 
     def wrapped(value: Any) -> Any:
@@ -96,11 +97,11 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
             return value
         return known[id(value)] if id(value) in known else Pretended(value) if stays_here else value
 
-    return pytree.tree_map(wrapped, function(*args, **{**kwargs, **({"pin_memory": False} if "pin_memory" in kwargs else {})}))
+    return pytree.tree_map(wrapped, function(*args, **kwargs))
 
 
 KERNELS = torch.library.Library("_", "IMPL")
-KERNELS.fallback(lambda function, *args, **kwargs: run(function, args, kwargs), "PrivateUse1")
+KERNELS.fallback(run, "PrivateUse1")
 torch.serialization.add_safe_globals([restored])
 
 
@@ -141,18 +142,7 @@ def main(base: str, scans: str, output: str) -> None:
     def make(continues: bool) -> Any:
         return nnUNetTrainerCMEMS({**planned, "continue_training": continues}, CONFIGURATION, 0, described, DEVICE)
 
-    first = make(continues=False)
-    start = first.on_epoch_start
-
-    def stop() -> None:
-        if first.current_epoch == 1:
-            raise KeyboardInterrupt
-        start()
-
-    first.on_epoch_start = stop
-    with contextlib.suppress(KeyboardInterrupt):
-        first.run_training()
-    assert first.current_epoch == 1
+    interrupted(make(continues=False), 1)
     trainer = make(continues=True)
     maybe_load_checkpoint(trainer, True, False)
     trainer.run_training()

@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAINING, VALIDATION, Workspace
+from torch.utils import backend_registration
 
 PROGRAM = Path(__file__).with_name("pretended_device.py")
+pretended = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this PyTorch cannot pretend a device"
+)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,13 +27,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=PROGRAM.parent, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def can_be_pretended() -> None:
-    if python("-c", "from torch.utils.backend_registration import _setup_privateuseone_for_python_backend").returncode:
-        pytest.skip("this PyTorch cannot pretend a device")
-
-
-@pytest.mark.usefixtures("can_be_pretended")
+@pretended
 def test_a_training_and_its_predictions(workspace: Workspace, tmp_path: Path) -> None:
     """A round of labels, a checkpoint, and views of turned scans included, every tensor is where it is used."""
     (workspace.base / "splits_final.json").write_text(json.dumps([{"train": TRAINING, "val": VALIDATION[:1]}]))
@@ -43,14 +41,14 @@ def test_a_training_and_its_predictions(workspace: Workspace, tmp_path: Path) ->
     assert "Labelling whole unlabelled scans: 3 in" in done.stdout and "Mean Validation Dice" in done.stdout
 
 
-def test_half_precision(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision(workspace: Workspace) -> None:
     """With autocast and scaled gradients, as on a GPU: no step is skipped, and the losses are those of full precision at first."""
     workspace.configure(num_epochs=2, scan_labels={"at": [0.5], "arranged_only": False}, image={"start": 0.0, "rampup": 0.0})
     losses: dict[bool, list[float]] = {False: [], True: []}
     for half, found in losses.items():
         trainer = workspace.make()
         if half:
-            monkeypatch.setattr(type(trainer), "_autocast", lambda _: torch.autocast("cpu", dtype=torch.float16))
+            trainer._autocast = lambda: torch.autocast("cpu", dtype=torch.float16)
             trainer.grad_scaler = torch.amp.GradScaler("cpu")
         step = trainer.train_step
 
@@ -66,7 +64,7 @@ def test_half_precision(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -
     assert {parameter.dtype for parameter in trainer.network.parameters()} == {torch.float32}
 
 
-@pytest.mark.usefixtures("can_be_pretended")
+@pretended
 def test_what_a_gpu_refuses_is_refused() -> None:
     """Or the training above would prove nothing; and what a GPU takes is taken."""
     mixed = ["on + torch.ones(2)", "torch.ones(2).add_(on)", "torch.ones(2)[on > 0] + on", "torch.nn.Linear(2, 1)(on)", "on.numpy()"]

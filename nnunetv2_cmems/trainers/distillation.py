@@ -183,9 +183,8 @@ def _together(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     first = 0
     for part in weights:
         for key, value in part.items():
-            head, *rest = key.split(".")
-            if head == "members":
-                number, *rest = rest
-                together[".".join((head, str(first + int(number)), *rest))] = value
+            if key.startswith("members."):
+                head, number, rest = key.split(".", 2)
+                together[f"{head}.{first + int(number)}.{rest}"] = value
         first += count_members(part)
     return together

@@ -80,8 +80,8 @@ FEW_SCANS = 0.6
 round. On ACDC it is 0.8 to 1 in the annotators' own labels, 0.85 or more in predictions of trainings that worked, and 0.4 in the labels
 of one that failed, though walls were where they should be in 0.9 of the slices."""
 
-EARLY = 800
-"""Steps: longer trainings that fail may gain if they begin as one of so many, with which slices were mended ('early_steps')."""
+EARLY = CMEMSConfig().early_steps
+"""Steps: longer trainings that fail may gain if they begin as one of so many, where that was switched off."""
 
 SHARE_OF_ATLASES = 0.65
 """Weight of the labels that annotated volumes give by registration, beside what the members say. So these only move a border where the
