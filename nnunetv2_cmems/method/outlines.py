@@ -301,7 +301,10 @@ def _hull(mask: np.ndarray) -> np.ndarray:
     pixels = np.argwhere(mask)
     if len(pixels) < 3 or np.linalg.matrix_rank(pixels - pixels[0]) < 2:
         return mask
-    return np.asarray(convex_hull_image(mask, offset_coordinates=False))
+    box = tuple(slice(first, last + 1) for first, last in zip(pixels.min(0), pixels.max(0)))  # skimage looks at each pixel
+    hull = np.zeros_like(mask)
+    hull[box] = convex_hull_image(mask[box], offset_coordinates=False)
+    return hull
 
 
 def _roundness(disc: np.ndarray) -> float:
@@ -372,11 +375,13 @@ def _radii(disc: np.ndarray, centre: Sequence[float], radius: float) -> np.ndarr
 def _best_path(score: np.ndarray) -> np.ndarray:
     """(A,): the step along each ray of the closed path with the largest score (A, N), by dynamic programming over three turns."""
     rays, steps = score.shape
-    moves = range(-_MOST_STEPS, _MOST_STEPS + 1)
+    price = _SMOOTHNESS * np.arange(-_MOST_STEPS, _MOST_STEPS + 1)[:, None] ** 2
+    padded = np.full(steps + 2 * _MOST_STEPS, -np.inf)
+    moved_by = np.lib.stride_tricks.sliding_window_view(padded, steps)  # (moves, steps), of what is in it now
     total, origin = score[0], []
     for ray in range(1, 3 * rays):
-        padded = np.pad(total, _MOST_STEPS, constant_values=-np.inf)
-        reached = np.stack([padded[_MOST_STEPS + move :][:steps] - _SMOOTHNESS * move**2 for move in moves])
+        padded[_MOST_STEPS:-_MOST_STEPS] = total
+        reached = moved_by - price
         origin.append(reached.argmax(0) - _MOST_STEPS)
         total = score[ray % rays] + reached.max(0)
     path = [int(total.argmax())]
