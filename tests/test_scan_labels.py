@@ -462,7 +462,11 @@ def test_the_log_says_in_how_many_scans_grey_values_tell_organs_apart(
     assert logs(trainer).get("scan_label_greys", [])[-2:] == ([1 / 3] * 2 if known else [])
 
 
-@pytest.mark.parametrize(("early", "limit", "advised"), [(0, 3, True), (0, 4, False), (4, 3, False)], ids=["long", "short", "tried"])
+@pytest.mark.parametrize(
+    ("early", "limit", "advised"),
+    [(0, 3, True), (0, 4, False), (2, 3, False), (4, 3, True)],
+    ids=["off", "short", "tried", "as long as the training"],
+)
 def test_failed_long_trainings_are_advised_to_label_early(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, early: int, limit: int, advised: bool
 ) -> None:

@@ -81,7 +81,7 @@ round. On ACDC it is 0.8 to 1 in the annotators' own labels, 0.85 or more in pre
 of one that failed, though walls were where they should be in 0.9 of the slices."""
 
 EARLY = CMEMSConfig().early_steps
-"""Steps: longer trainings that fail may gain if they begin as one of so many, where that was switched off."""
+"""Steps: longer trainings that fail may gain if they begin as one of so many, where they have not."""
 
 SHARE_OF_ATLASES = 0.65
 """Weight of the labels that annotated volumes give by registration, beside what the members say. So these only move a border where the
@@ -431,7 +431,7 @@ def _hardly(config: CMEMSConfig) -> str:
         " The networks have hardly understood the organs: unlabelled.png shows in the end what they take for them, and another annotated "
         "slice, or a second one, helps. "
     )
-    if config.num_epochs * config.iterations_per_epoch > EARLY and not config.early_steps:
+    if config.num_epochs * config.iterations_per_epoch > EARLY and config.scheduled is config:  # no rounds were early
         told += f"In a training as long as this one 'early_steps' of {EARLY} may help, too. "
     return told
 
