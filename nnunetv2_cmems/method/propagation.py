@@ -31,7 +31,7 @@ MARGIN = 0.5
 _ITERATIONS = 20  # of the demons, at each resolution
 _SMOOTHNESS = 1.0  # sigma, in voxels, of the blur of displacements after each iteration
 _COARSEST = 48  # about so many voxels along the longer side of the box at the lowest resolution
-_FINEST = 128  # and at the highest: displacements are smooth
+_FINEST = 64  # and at the highest: displacements are smooth
 
 
 def agreement_in_slices(members: Sequence[Tensor], space: LabelSpace) -> Tensor:
