@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,28 +199,9 @@ def test_scans_are_finished_in_threads_in_order(threads: int) -> None:
         time.sleep(0.01 * (number % 3))
         return number**2
 
-    for result in rounds.in_threads(work, items(), threads, lambda _: 0):
+    for result in rounds.in_threads(work, items(), threads):
         done.append(result)
     assert done == [number**2 for number in range(12)]
-
-
-@pytest.mark.parametrize(("size", "most"), [(1, 8), (rounds.MOST_LOGITS // 6, 6), (rounds.MOST_LOGITS, 4)])
-def test_of_large_scans_few_are_worked_on_at_a_time(size: int, most: int) -> None:
-    """Eight threads, and scans that take so long that as many wait as may."""
-    made, waiting, go_on = [], [], threading.Event()
-
-    def items() -> Iterator[int]:
-        for number in range(12):
-            made.append(number)
-            yield number
-
-    def work(number: int) -> int:
-        assert go_on.wait(10)
-        return number
-
-    results = rounds.in_threads(work, items(), 8, lambda _: size)
-    threading.Timer(0.2, lambda: (waiting.append(len(made)), go_on.set())).start()
-    assert list(results) == list(range(12)) and waiting == [most + 1], "the next one is made meanwhile"
 
 
 def test_an_error_in_a_thread_arrives() -> None:
@@ -229,7 +209,7 @@ def test_an_error_in_a_thread_arrives() -> None:
         raise CMEMSError(f"scan {number}")
 
     with pytest.raises(CMEMSError, match="scan 0"):
-        list(rounds.in_threads(work, iter(range(5)), 2, lambda _: 0))
+        list(rounds.in_threads(work, iter(range(5)), 2))
 
 
 def test_windows_overlap_by_half_and_small_images_are_padded() -> None:

@@ -68,12 +68,8 @@ MOST_SHOWN = 5
 MOST_SLICES = 50
 """Of these, where slices are looked at: a large one takes seconds."""
 
-FEW_AT_A_TIME = 4
-"""Of whatever size, that are refined in threads while the next one is predicted. Of small ones there may be more, as many as nnU-Net's
-loader may have processes."""
-
-MOST_LOGITS = 2**26
-"""That more than so few scans have together."""
+MOST_THREADS = 4
+"""That refine scans while the next one is predicted; as many as nnU-Net's loader may have processes, if these are fewer."""
 
 FEW_SLICES = 0.7
 """Share of the slices in which what lies within another organ where it is annotated does so, below which the log warns in the last round.
@@ -275,7 +271,7 @@ class ScanLabels:
         mine = _of_this_process(trainer, self._cases)
         with predicting(trainer, mirroring=False) as predictor:
             predicted = (self._predict(case, predictor) for case in mine)
-            self._write(trainer, begin, len(mine), predicted, label, "Labelling whole unlabelled scans", size=_logits_of)
+            self._write(trainer, begin, len(mine), predicted, label, "Labelling whole unlabelled scans")
         trainer.history.add({"scan_label_passes": members * sum(distributed.gathered(windows))}, trainer.current_epoch)
         if self._told_apart:
             self._tell_of_greys(trainer, distributed.gathered(apart), begin == self.begins[-1])
@@ -316,7 +312,6 @@ class ScanLabels:
         labelled: Callable[[Item], tuple[str, np.ndarray | None]],
         what: str,
         fewest: int = 0,
-        size: Callable[[Item], int] = lambda item: MOST_LOGITS,
     ) -> int:
         """Make and write the labels of a round, and log how good they are where that is known.
 
@@ -328,7 +323,6 @@ class ScanLabels:
             labelled: makes the case and its labels, None where it has none, of an item; in threads, while the next items are made.
             what: is done, for the bar and the log.
             fewest: with fewer scans than this none gets a label.
-            size: how many logits an item has; by default it counts as large.
 
         Returns:
             How many scans have got labels, of all processes.
@@ -356,7 +350,7 @@ class ScanLabels:
             return []
 
         with tqdm(total=count, desc=what, disable=trainer.local_rank > 0) as bar:
-            for found in in_threads(finish, items, get_allowed_n_proc_DA(), size):
+            for found in in_threads(finish, items, min(MOST_THREADS, get_allowed_n_proc_DA())):
                 scores += found
                 bar.update()
         everywhere = len(distributed.gathered(made))
@@ -453,29 +447,22 @@ def chosen(cases: Iterable[Chosen], most: int) -> list[Chosen]:
     return ordered if len(ordered) <= most else sorted(random.Random(0).sample(ordered, most))
 
 
-def _logits_of(predicted: tuple[str, Prediction, Tensor]) -> int:
-    return predicted[1].logits.numel()
-
-
-def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, size: Callable[[Item], int]
-) -> Iterator[Result]:
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """``map``, whose function runs in threads while this one makes the next items; with 0 threads it is ``map``.
 
-    No more items than threads wait to be worked on or are. Nor do more than :data:`FEW_AT_A_TIME`, if their sizes are above
-    :data:`MOST_LOGITS` together.
+    No more items than threads wait to be worked on, as they may be large.
     """
     if threads < 1:
         yield from map(function, items)
         return
     with ThreadPoolExecutor(threads) as pool:
-        pending: deque[tuple[Future[Result], int]] = deque()
+        pending: deque[Future[Result]] = deque()
         for item in items:
-            pending.append((pool.submit(function, item), size(item)))
-            while len(pending) > threads or (len(pending) > FEW_AT_A_TIME and sum(held for _, held in pending) > MOST_LOGITS):
-                yield pending.popleft()[0].result()
+            pending.append(pool.submit(function, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
         while pending:
-            yield pending.popleft()[0].result()
+            yield pending.popleft().result()
 
 
 def whole_volumes(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) -> list[np.ndarray]:
