@@ -301,7 +301,7 @@ def _hull(mask: np.ndarray) -> np.ndarray:
     pixels = np.argwhere(mask)
     if len(pixels) < 3 or np.linalg.matrix_rank(pixels - pixels[0]) < 2:
         return mask
-    box = tuple(slice(first, last + 1) for first, last in zip(pixels.min(0), pixels.max(0)))  # skimage looks at each pixel
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))  # skimage looks at each pixel
     hull = np.zeros_like(mask)
     hull[box] = convex_hull_image(mask[box], offset_coordinates=False)
     return hull

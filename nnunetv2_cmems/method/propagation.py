@@ -66,7 +66,7 @@ def propagate(probabilities: Tensor, image: Tensor, agreement: Tensor, share: fl
     others follow, those next to anchors first: each gets the prediction of its neighbour towards the nearest anchor, and, where there
     is one, that of the nearest anchor on its other side, each deformed onto it and weighted by one over its distance; and
     :data:`OWN` of its own. Deformations come from demons (Thirion, Medical Image Analysis 2, 1998; with the symmetric forces of
-    Vercauteren et al., MICCAI 2007) after matching of the histograms, at several resolutions, on the mean of the channels. What no
+    Vercauteren et al., MICCAI 2007) after matching of the histograms, at one or two resolutions, on the mean of the channels. What no
     member sees in a slice is not brought there. No random numbers are drawn.
 
     Args:
