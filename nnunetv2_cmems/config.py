@@ -224,7 +224,8 @@ class ScanLabelsConfig:
         waists: likewise, where ``contacts`` is on, one that never touches some other one and has a waist, narrower than in the annotated
             images: there it is two that hang together. Not where a volume is annotated as a whole, which shows where organs end.
         places: organs lie, seen from their common middle, about where the annotated volumes show them. Counts where whole volumes, or
-            several slices of one, are annotated, with two classes or more. To be switched off for what may lie anywhere, such as lesions.
+            several slices of one, are annotated, with two classes or more; where a slice beside them no longer shows an organ, not far
+            beyond the middle between the two. To be switched off for what may lie anywhere, such as lesions.
         atlases: so many wholly annotated volumes, chosen at random, are registered onto each scan before the first step, and their labels
             count from then on: at first alone, then beside what the members say. 0: none.
         atlases_in_predictions: atlases are registered onto each scan that is predicted, too; needs two members. For this the checkpoints

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +123,64 @@ def test_places_from_slices_remove_what_lies_elsewhere(space: LabelSpace) -> Non
     assert torch.equal(decided(known.seen_in(says(told, space, sure=0.99), space), space), truth)
 
 
+def test_organs_are_expected_to_end_half_way_to_the_slice_that_does_not_show_them() -> None:
+    label = body()
+    found = Places.of([], [{z: label[z] for z in (5, 13, 17, 23)}], CLASSES, False)
+    assert found is not None and found.ends is not None
+    middle = np.mean([(-1 + 23) / 2, (-3 + 13) / 2, (13 + 23) / 2])  # of how far they can reach; the first slice shows spine and left
+    np.testing.assert_allclose(found.ends + middle, [[-np.inf, 20], [-np.inf, 9], [15, 20]])
+    assert places().ends is None, "a whole volume says it by its spreads"
+    both = Places.of([label], [{z: label[z] for z in (5, 13, 17, 23)}], CLASSES, False)
+    assert both is not None and both.ends is None
+    inner = Places.of([], [{z: label[z] for z in (13, 15)}], CLASSES, False)
+    assert inner is None or inner.ends is None, "no slice says where anything ends"
+
+
+def test_the_outermost_ends_of_several_scans_count() -> None:
+    label = body()
+    shown = {z: label[z] for z in (2, 5, 13, 17, 23)}
+    farther = {**{z: label[z] for z in (2, 5, 13, 17)}, 27: label[23]}
+    one, both = (Places.of([], scans, CLASSES, False) for scans in ([shown], [shown, farther]))
+    assert one is not None and both is not None and one.ends is not None and both.ends is not None
+    # in the second one spine and right reach by 4 slices farther, and so lie by 2 farther, the mean of all by 4 / 3
+    np.testing.assert_allclose(both.ends[0], [one.ends[0, 0] - 4 / 3, one.ends[0, 1] + 2 - 4 / 3])
+    partial = {z: np.where(label[z] == 3, 0, label[z]) for z in shown}  # what one scan does not show, its slices say nothing of
+    some = Places.of([], [shown, partial], CLASSES, False)
+    assert some is not None and some.ends is not None
+    np.testing.assert_allclose(some.ends[2], one.ends[2])
+
+
+@SPACES
+def test_what_networks_are_sure_of_beyond_an_end_is_not_there(space: LabelSpace) -> None:
+    """They draw right organ and spine on for as far as these reach, as no annotated slice shows them what comes there."""
+    label = body()
+    slices = [{z: label[z] for z in (2, 5, 8, 11, 14, 17, 20, 23)}]
+    known = Places.of([], slices, space, True, (1.0, 1.0))
+    assert known is not None and known.ends is not None
+    truth = torch.from_numpy(body((60, 48, 40), at=(8, 12, 10)).astype(np.int64))
+    told = truth.clone()
+    told[24:44] = truth[23]
+    probabilities = says(told, space, sure=0.9999)
+    found = decided(known.seen_in(probabilities, space), space)
+    assert torch.equal(found[:24], truth[:24]) and not found[32:].any()
+    without = dataclasses.replace(known, ends=None, factors=(1 / 3, 3.0))
+    assert torch.equal(decided(without.seen_in(probabilities, space), space), told)
+
+
+def test_distances_between_slices_limit_how_far_a_body_is_stretched() -> None:
+    """Twice as many slices for the same body, which may be or not."""
+    label = body()
+    slices = [{z: label[z] for z in (2, 5, 8, 11, 14, 17, 20, 23)}]
+    truth = torch.from_numpy(body((40, 48, 40), at=(8, 12, 10), step=2).astype(np.int64))
+    probabilities = says(truth, CLASSES, sure=0.9999)
+    free, near = (Places.of([], slices, CLASSES, True, distances) for distances in ((1.0, 2.0), (1.0, 1.0)))
+    assert free is not None and near is not None and free.factors == (1 / 1.25, 2.5)
+    assert torch.equal(decided(free.seen_in(probabilities, CLASSES), CLASSES), truth)
+    assert not torch.equal(decided(near.seen_in(probabilities, CLASSES), CLASSES), truth)
+    unknown = Places.of([], slices, CLASSES, True)
+    assert unknown is not None and unknown.factors == places(stretched=True).factors
+
+
 def test_places_within_slices_only() -> None:
     """One slice says nothing about the others; within it, it does."""
     label = body()
@@ -141,14 +201,20 @@ def test_what_says_nothing_about_places() -> None:
 def test_places_are_kept_with_the_weights() -> None:
     partial = body()
     partial[partial == 3] = 0
-    for known in (places(), places(CLASSES, partial, stretched=True)):
+    slices = Places.of([], [{z: body()[z] for z in (5, 13, 17, 23)}], CLASSES, True, (0.5, 2.0))
+    assert slices is not None
+    for known in (places(), places(CLASSES, partial, stretched=True), slices):
         rule = Refinement(ScanLabelsConfig(propagation=0.5), (True,) * 4, 1.0, known)
         stored = rule.to_tensor()
         again = Refinement.from_tensor(stored, CLASSES)
         assert again.places is not None and again.single == rule.single and again.config.propagation == 0.5
         np.testing.assert_allclose(again.places.middles, known.middles, rtol=1e-6)
         np.testing.assert_allclose(again.places.spreads, known.spreads, rtol=1e-6)
-        assert again.places.stretched == known.stretched
+        assert again.places.stretched == known.stretched and again.config.turns == rule.config.turns
+        assert (again.places.ends is None) == (known.ends is None)
+        if known.ends is not None:
+            np.testing.assert_allclose(again.places.ends, known.ends, rtol=1e-6)
+        np.testing.assert_allclose(again.places.factors, known.factors, rtol=1e-6)
     older = Refinement.from_tensor(Refinement(ScanLabelsConfig(), (True,) * 4, 1.0).to_tensor(), CLASSES)
     assert older.places is None
 

@@ -1118,6 +1118,24 @@ def test_where_organs_lie_is_known_from_whole_volumes(workspace: Workspace, whol
         assert known is not None and found is not None and np.allclose(found.middles, known.middles, atol=1e-4)
 
 
+def test_where_organs_end_is_known_from_painted_slices(workspace: Workspace) -> None:
+    """The slice that shows one organ alone says it of the others; labels and predictions use it, and the log says so."""
+    case = EXEMPLAR["case"]
+    label = workspace.label(case).copy()
+    label[0, 3] = np.where(label[0, 3] == 1, 1, 0)
+    workspace.set_label(case, label)
+    workspace.configure(**{**ON, "exemplar": [{"case": case, "slice": z} for z in (1, 2, 3)], "scan_labels": {"at": [0.5]}})
+    trainer = workspace.train()
+    known = Places.of([], [{z: label[0, z] for z in (1, 2, 3)}], trainer.label_space, True, (1.0, 1.0))
+    assert known is not None and known.ends is not None and np.isfinite(known.ends[:, 1]).any()
+    stored = torch.load(workspace.fold() / "checkpoint_final.pth", weights_only=False)["network_weights"]["refinement"]
+    for rule in (trainer._scan_labels.refinement, Refinement.from_tensor(stored, trainer.label_space)):
+        assert rule.places is not None and rule.places.ends is not None
+        np.testing.assert_allclose(rule.places.ends, known.ends, atol=1e-4)
+        np.testing.assert_allclose(rule.places.factors, known.factors, rtol=1e-6)
+    assert "not far beyond where slices without them" in next(workspace.fold().glob("training_log_*.txt")).read_text()
+
+
 @pytest.mark.parametrize("prepare", [lambda workspace: {}, with_regions, in_three_dimensions], ids=["2d", "regions", "3d"])
 def test_labels_keep_to_places(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Workspace], dict[str, Any]]
@@ -1154,6 +1172,16 @@ def test_which_slices_make_a_volume(
     assert [sorted(slices) for slices in painted] == ([] if is_whole else [sorted(organs + empty)])
     assert not rounds.painted_slices(exemplars[:1], None), "one slice says nothing about the others"  # type: ignore[arg-type]
     assert not is_whole or found[0][:, 0, 0].tolist() == [z + 1 for z in organs]
+
+
+def test_how_far_apart_slices_are_in_other_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    distances = {"annotated": 2.5, "thin": 1.0, "thick": 5.0}
+    monkeypatch.setattr(rounds, "read_properties", lambda case, dataset: {"spacing": [7.0, distances[case], 9.0]})
+    dataset = PreprocessedDataset("", None, (1, 0, 2), {})  # type: ignore[arg-type]
+    image = np.zeros((1, 4, 4), dtype=np.float32)
+    exemplars = [Exemplar("annotated", "z", z, z, image, np.zeros((4, 4), dtype=np.int16)) for z in (3, 5)]
+    assert rounds.factors_of_distances(exemplars, dataset, dict.fromkeys(["thin", "thick"], dataset)) == (0.5, 2.5)
+    assert rounds.factors_of_distances(exemplars, dataset, {"thick": dataset}) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("in_space", [False, True])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +32,11 @@ SURPRISE = 1e-3
 """Probability that the background has at least: networks that see an organ where there is none are sure of it."""
 
 MOST_STRETCHED = 3.0
-"""Largest factor between a scan's distances along an axis that is not resampled and the annotated volume's."""
+"""Largest factor between a scan's distances along an axis that is not resampled and the annotated volume's.
+Where slices say where organs end, those of the data set's slices count instead."""
+
+LARGER = 1.25
+"""Largest factor, beside that of the slices' distances, by which a body is larger than the annotated one."""
 
 _WIDTHS = (4.0, 4.0, 3.0, 3.0, 2.0, 2.0, 1.5, 1.5, 1.0, 1.0, 1.0, 1.0)  # factors of the spreads, while the middle is looked for
 _EXACT = 1.5  # width from which on distances along z are fitted, too: before that a left organ on the right may pull
@@ -48,11 +53,16 @@ class Places:
         middles: (F, 3) seen from the mean of all; NaN for what no volume shows.
         spreads: (F, 3) standard deviation of its voxels' places; infinite where slices leave open how far it reaches.
         stretched: slices are not as far apart in every scan, so that distances along z have a factor of the scan's own.
+        ends: (F, 2) where each class or region is expected to begin and to end along z, seen from the mean of all; infinite where slices
+            leave it open. None: volumes are annotated, whose spreads say it.
+        factors: smallest and largest factor of distances along z, where ``stretched``.
     """
 
     middles: np.ndarray
     spreads: np.ndarray
     stretched: bool
+    ends: np.ndarray | None = None
+    factors: tuple[float, float] = (1 / MOST_STRETCHED, MOST_STRETCHED)
 
     @classmethod
     def of(
@@ -61,6 +71,7 @@ class Places:
         slices: Sequence[Mapping[int, np.ndarray]],
         space: LabelSpace,
         stretched: bool,
+        distances: tuple[float, float] | None = None,
     ) -> Places | None:
         """The places that annotated images show; None where none of them shows two classes or regions.
 
@@ -72,29 +83,55 @@ class Places:
                 is not annotated.
             space: what the networks' heads mean.
             stretched: see the class.
+            distances: smallest and largest factor between the distances of the annotated slices and of other scans' slices; None: it is
+                not known. It counts where slices say where organs end: what ends there must be neither stretched to what networks falsely
+                see beyond, nor shrunk to what is left of it.
         """
         shown = [_of_volume(volume, space) for volume in volumes] + [_of_slices(some, space) for some in slices]
-        found = [(middles - np.nanmean(middles, 0), variances) for middles, variances in shown if np.isfinite(middles[:, 0]).sum() > 1]
+        found = [one for one in shown if np.isfinite(one.middles[:, 0]).sum() > 1]
         if not found:
             return None
-        middles, variances = (np.stack(part) for part in zip(*found))
+        means = [np.nanmean(one.middles, 0) for one in found]
+        middles = np.stack([one.middles - mean for one, mean in zip(found, means)])
+        variances = np.stack([one.variances for one in found])
+        ends = np.stack([one.ends - mean[0] for one, mean in zip(found, means)])
         known = np.isfinite(middles)
         count = np.maximum(known.sum(0), 1)
         mean = np.where(known, middles, 0).sum(0) / count
         between = (np.where(known, middles - mean, 0) ** 2).sum(0) / count
         within = np.where(known, variances, 0).sum(0) / count
         mean[~known.any(0)] = np.nan
-        return cls(mean, np.sqrt(within + between), stretched)
+        outermost = np.stack([np.fmin.reduce(ends[..., 0]), np.fmax.reduce(ends[..., 1])], 1)
+        outermost = np.where(np.isnan(outermost), [-np.inf, np.inf], outermost)
+        spreads = np.sqrt(within + between)
+        if not np.isfinite(outermost).any():
+            return cls(mean, spreads, stretched)
+        low, high = (1 / MOST_STRETCHED, MOST_STRETCHED) if distances is None else (distances[0] / LARGER, distances[1] * LARGER)
+        return cls(mean, spreads, stretched, outermost, (low, high))
 
     def numbers(self) -> list[float]:
-        """6 F + 1 numbers, to be kept with the networks' weights."""
-        return [*self.middles.ravel().tolist(), *self.spreads.ravel().tolist(), float(self.stretched)]
+        """6 F + 1 numbers, to be kept with the networks' weights; 2 F + 2 more, for ends, where the last of these is 2 or more."""
+        kind = float(self.stretched) + 2 * (self.ends is not None)
+        ends = [] if self.ends is None else [*self.ends.ravel().tolist(), *self.factors]
+        return [*self.middles.ravel().tolist(), *self.spreads.ravel().tolist(), kind, *ends]
 
     @classmethod
-    def from_numbers(cls, numbers: Sequence[float]) -> Places:
-        """The inverse of :meth:`numbers`."""
-        middles, spreads = np.array(numbers[:-1], dtype=np.float64).reshape(2, -1, 3)
-        return cls(middles, spreads, bool(numbers[-1]))
+    def from_numbers(cls, numbers: list[float], count: int) -> tuple[Places | None, list[float]]:
+        """The inverse of :meth:`numbers`, and what comes after these numbers.
+
+        Args:
+            numbers: those, and others; zeros for None.
+            count: of the classes or regions, F.
+        """
+        places, rest = numbers[: 6 * count + 1], numbers[6 * count + 1 :]
+        if not any(places):
+            return None, rest
+        middles, spreads = np.array(places[:-1], dtype=np.float64).reshape(2, -1, 3)
+        kind = int(places[-1])
+        if kind < 2:
+            return cls(middles, spreads, bool(kind)), rest
+        ends, (low, high), rest = np.array(rest[: 2 * count]).reshape(-1, 2), rest[2 * count : 2 * count + 2], rest[2 * count + 2 :]
+        return cls(middles, spreads, bool(kind % 2), ends, (low, high)), rest
 
     def seen_in(self, probabilities: Tensor, space: LabelSpace) -> Tensor:
         """Probabilities of a scan, organs taken from where they do not lie.
@@ -161,7 +198,7 @@ class Places:
             if self.stretched and width <= _EXACT:
                 seen = (share * (near @ (places - middle) ** 2 / mass)).sum(0)[0]
                 expected = (share * (middles**2 + np.where(np.isfinite(self.spreads), self.spreads, 0) ** 2)).sum(0)[0]
-                factor[0] = np.clip(np.sqrt(seen / expected), 1 / MOST_STRETCHED, MOST_STRETCHED) if expected > 0 else 1.0
+                factor[0] = np.clip(np.sqrt(seen / expected), *self.factors) if expected > 0 else 1.0
         return middle, factor
 
     @cached_property
@@ -170,11 +207,16 @@ class Places:
         return np.isfinite(self.middles[:, 0])
 
     @cached_property
-    def _variances(self) -> np.ndarray:
-        """(F, 3), those of places and the tolerance; never 0."""
+    def _tolerance(self) -> np.ndarray:
+        """(3,), a variance; never 0."""
         squares = np.where(np.isfinite(self.spreads), self.middles**2 + self.spreads**2, np.nan)
         overall = np.array([column[np.isfinite(column)].mean() if np.isfinite(column).any() else 0.0 for column in squares.T])
-        return self.spreads**2 + TOLERANCE**2 * overall + 0.25
+        return TOLERANCE**2 * overall + 0.25
+
+    @cached_property
+    def _variances(self) -> np.ndarray:
+        """(F, 3), those of places and the tolerance; never 0."""
+        return self.spreads**2 + self._tolerance
 
     def _likelihood(self, k: int, axes: Sequence[np.ndarray], middle: np.ndarray, factor: np.ndarray, width: float) -> np.ndarray:
         """Of a class at places whose coordinates (z, y, x) broadcast, between 0 and 1; 1 for what no volume shows."""
@@ -183,24 +225,40 @@ class Places:
         place, deviation = middle + self.middles[k] * factor, factor * width * np.sqrt(self._variances[k])
         parts = [(((axis - place[i]) / deviation[i]) ** 2).astype(np.float32) for i, axis in enumerate(axes)]
         distance = np.sqrt(parts[0] + parts[1] + parts[2])
-        likelihood: np.ndarray = np.exp(-0.5 * np.maximum(0, distance - np.float32(FREE)) ** 2)
+        squares = np.maximum(0, distance - np.float32(FREE)) ** 2
+        if self.ends is not None:
+            first, last = (middle[0] + end * factor[0] for end in self.ends[k])
+            beyond = np.maximum(0, np.maximum(first - axes[0], axes[0] - last)) / (factor[0] * width * np.sqrt(self._tolerance[0]))
+            squares = squares + (beyond**2).astype(np.float32)
+        likelihood: np.ndarray = np.exp(-0.5 * squares)
         return likelihood
 
 
-def _of_volume(volume: np.ndarray, space: LabelSpace) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of the places of each class or region, (F, 3) both; NaN for what is not shown."""
-    return _moments(_voxels(volume, space))
+class _Shown(NamedTuple):
+    """What an annotated image says of each class or region: mean and variance of its places, (F, 3) both, NaN for what is not shown, and
+    where it is expected to begin and to end along z, (F, 2), infinite where that is left open, NaN for what is not shown."""
+
+    middles: np.ndarray
+    variances: np.ndarray
+    ends: np.ndarray
 
 
-def _of_slices(slices: Mapping[int, np.ndarray], space: LabelSpace) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`_of_volume`. Along z an organ reaches from the last slice before it to the first one behind it that does not show it.
+def _of_volume(volume: np.ndarray, space: LabelSpace) -> _Shown:
+    middles, variances = _moments(_voxels(volume, space))
+    return _Shown(middles, variances, np.where(np.isfinite(middles[:, :1]), [-np.inf, np.inf], np.nan))
+
+
+def _of_slices(slices: Mapping[int, np.ndarray], space: LabelSpace) -> _Shown:
+    """Along z an organ reaches from the last slice before it to the first one behind it that does not show it, at most.
 
     Where there is no such slice on one side, it reaches as far beyond the slices that show it as on the other one, or as these are apart.
+    It is expected to end half-way between the last slice that shows it and the next one, if there is one.
     """
     order = sorted(slices)
     whole = [z for z in order if (slices[z] >= 0).all()]  # the others do not say what they do not show
     shown = _voxels(np.stack([slices[z] for z in order]), space)
     middles, variances = _moments(shown)
+    ends = np.full((len(shown), 2), np.nan)
     for k, voxels in enumerate(shown):
         if not len(voxels):
             continue
@@ -209,7 +267,8 @@ def _of_slices(slices: Mapping[int, np.ndarray], space: LabelSpace) -> tuple[np.
         low, high = first - min(before or behind or [last - first]), last + min(behind or before or [last - first])
         middles[k, 0] = (low + high) / 2
         variances[k, 0] = (high - low) ** 2 / 12 if high > low else np.inf
-    return middles, variances
+        ends[k] = first - min(before) / 2 if before else -np.inf, last + min(behind) / 2 if behind else np.inf
+    return _Shown(middles, variances, ends)
 
 
 def _voxels(volume: np.ndarray, space: LabelSpace) -> list[np.ndarray]:

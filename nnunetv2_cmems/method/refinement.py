@@ -89,7 +89,7 @@ class Refinement:
 
     def to_tensor(self) -> Tensor:
         """(4 + 1 + F + 1 + 6 F + 1 + F (F + 2) + F + 1 + F (F + 1) + F F + T,) for F classes or regions and T turns, to be kept with
-        the networks' weights; of what is not known zeros."""
+        the networks' weights, 2 F + 2 more where slices say where organs end; of what is not known zeros."""
         config = self.config
         numbers = config.appearance, config.smoothing, config.largest_piece, self.share
         count = len(self.single) - 1
@@ -109,7 +109,7 @@ class Refinement:
         appearance, smoothing, largest_piece, share, *others = stored.tolist()
         count = len(space.names)
         single, propagation, rest = others[: 1 + count], others[1 + count : 2 + count], others[2 + count :]
-        places, rest = rest[: 6 * count + 1], rest[6 * count + 1 :]
+        places, rest = Places.from_numbers(rest, count)
         outlines, rest = rest[: count * (count + 2)], rest[count * (count + 2) :]
         grows, reach, rest = rest[:count], rest[count : count + 1], rest[count + 1 :]
         contacts, rest = rest[: count * (count + 1)], rest[count * (count + 1) :]
@@ -121,7 +121,7 @@ class Refinement:
             config,
             tuple(map(bool, single)),
             share,
-            Places.from_numbers(places) if any(places) else None,
+            places,
             Outlines.from_numbers(outlines) if any(outlines) else None,
             tuple(map(bool, grows)),
             sum(reach),

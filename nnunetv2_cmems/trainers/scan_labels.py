@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunetv2_cmems.config import CMEMSConfig, ScanLabelsConfig
-from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset, load_volume
+from nnunetv2_cmems.data.exemplar import Exemplar, PreprocessedDataset, load_volume, read_properties
 from nnunetv2_cmems.data.planes import FEWEST_OF_A_VOLUME
 from nnunetv2_cmems.data.scan_labels import UNKNOWN, ScanLabelFiles
 from nnunetv2_cmems.data.unlabelled import open_image, read_image
@@ -123,7 +123,8 @@ class ScanLabels:
         self._dataset = dataset
         # windows in space show where they are
         placed = self._config.places and (self._planar or self._config.in_space)
-        places = Places.of(volumes, some, self._space, not resampled) if placed else None
+        distances = factors_of_distances(trainer.exemplars, dataset, self._cases) if placed and some else None
+        places = Places.of(volumes, some, self._space, not resampled, distances) if placed else None
         shown = annotated_slices(trainer.exemplars, MOST_SHOWN) if self._planar else annotated_volumes(trainer.exemplars, MOST_SHOWN)
         outlined = self._config.outlines and self._planar
         greys = [image.mean(0)[0].numpy() for image, _ in shown] if outlined and self._config.levels else []
@@ -551,6 +552,20 @@ def painted_slices(exemplars: Sequence[Exemplar], dataset: PreprocessedDataset) 
     return [slices for case, slices in cases.items() if len(slices) > 1 and not _is_whole(slices, case, dataset)]
 
 
+def factors_of_distances(
+    exemplars: Sequence[Exemplar], dataset: PreprocessedDataset, cases: Mapping[str, PreprocessedDataset]
+) -> tuple[float, float]:
+    """Smallest and largest factor between how far apart slices are in an annotated case and in an unlabelled one."""
+    annotated = [_distance_of_slices(case, dataset) for case in {exemplar.case for exemplar in exemplars}]
+    others = [_distance_of_slices(case, folder) for case, folder in cases.items()]
+    return min(annotated) / max(others), max(annotated) / min(others)
+
+
+def _distance_of_slices(case: str, dataset: PreprocessedDataset) -> float:
+    """In mm, of the raw image along the axis that 2D configurations cut it."""
+    return float(read_properties(case, dataset)["spacing"][dataset.transpose_forward[0]])
+
+
 def _slices_of_cases(exemplars: Sequence[Exemplar]) -> dict[str, dict[int, np.ndarray]]:
     cases: dict[str, dict[int, np.ndarray]] = {}
     for exemplar in exemplars:
@@ -597,9 +612,10 @@ def begin(trainer: Any, cases: Mapping[str, PreprocessedDataset]) -> ScanLabels 
     if made is not None and made.refinement.config.propagation != config.scan_labels.propagation:
         trainer.print_to_log_file("Slices lie close together: nothing is carried from one to others ('scan_labels.propagation').")
     if made is not None and made.refinement.places is not None:
+        beyond = "" if made.refinement.places.ends is None else ", and not far beyond where slices without them say that they end"
         trainer.print_to_log_file(
             "In unlabelled scans and in predictions organs are looked for where the annotated volumes show them, seen from their common "
-            "middle; for what may lie anywhere, such as lesions, switch off 'scan_labels.places'."
+            f"middle{beyond}; for what may lie anywhere, such as lesions, switch off 'scan_labels.places'."
         )
     if made is not None and made.refinement.outlines is not None:
         names = [name for name, radius in zip(trainer.label_space.names, made.refinement.outlines.radius) if radius]
