@@ -8,7 +8,7 @@ they lie about there, too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -103,11 +103,11 @@ class Places:
         mean[~known.any(0)] = np.nan
         outermost = np.stack([np.fmin.reduce(ends[..., 0]), np.fmax.reduce(ends[..., 1])], 1)
         outermost = np.where(np.isnan(outermost), [-np.inf, np.inf], outermost)
-        spreads = np.sqrt(within + between)
-        if not np.isfinite(outermost).any():
-            return cls(mean, spreads, stretched)
-        low, high = (1 / MOST_STRETCHED, MOST_STRETCHED) if distances is None else (distances[0] / LARGER, distances[1] * LARGER)
-        return cls(mean, spreads, stretched, outermost, (low, high))
+        told = outermost if np.isfinite(outermost).any() else None
+        made = cls(mean, np.sqrt(within + between), stretched, told)
+        if told is None or distances is None:
+            return made
+        return replace(made, factors=(distances[0] / LARGER, distances[1] * LARGER))
 
     def numbers(self) -> list[float]:
         """6 F + 1 numbers, to be kept with the networks' weights; 2 F + 2 more, for ends, where the last of these is 2 or more."""
